@@ -1,0 +1,218 @@
+"""One model through the passes: what was found, what was replaced, and whether it still agrees.
+
+The rewritten Dynamo graph runs operator by operator, without Inductor's code generation, so a
+thousand models take minutes a core; `sparse_compile` itself is measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from benchmarks.zoo.entry import SEED, Entry
+from benchmarks.zoo.truth import observe, plain
+
+TOLERANCE = 1e-5  # relative, what the issue promises for float32
+GRADIENT_TOLERANCE = 1e-5
+RECOMPILE_LIMIT = 64  # ours, so that what is measured is detection and not Dynamo's default of 8
+
+
+@dataclass
+class Outcome:
+    """What one model gave; plain values only."""
+
+    name: str
+    package: str
+    tags: list[str] = field(default_factory=list)
+    true_sites: int = 0
+    explicit_sites: int = 0  # of these, with a softmax of their own
+    escaped: int = 0
+    mixed: int = 0
+    found: int = 0  # sites of the graphs that ran
+    rewritten: int = 0
+    declined: dict[str, int] = field(default_factory=dict)  # reason code -> sites
+    reasons: list[str] = field(default_factory=list)  # readable, one a distinct reason
+    kernels: dict[str, int] = field(default_factory=dict)
+    graphs: int = 0
+    graph_breaks: list[str] = field(default_factory=list)
+    pass_errors: list[str] = field(default_factory=list)  # exceptions inside our passes
+    error: str = ""  # the model, the truth or Dynamo failed
+    relative_error: float | None = None
+    gradient_error: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def false_positives(self) -> int:
+        """Sites replaced beyond those that the eager run has."""
+        return 0 if "ambiguous" in self.tags else max(0, self.rewritten - self.true_sites)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether outputs or gradients differ from eager's."""
+        errors = (self.relative_error, self.gradient_error)
+        return any(e is not None and not e <= TOLERANCE for e in errors)
+
+    def to_builtins(self) -> dict[str, Any]:
+        """Plain JSON types, with the derived values."""
+        return {**asdict(self), "false_positives": self.false_positives, "wrong": self.wrong}
+
+
+def check(entry: Entry, *, train: bool = False, options: dict[str, Any] | None = None) -> Outcome:
+    """Count a model's sites in eager mode, run it through the passes, and compare.
+
+    Args:
+        entry: The model.
+        train: Compare gradients too, with the model still in eval mode (dropout draws differ).
+        options: Fields of `sparse_compile.Config`.
+    """
+    outcome = Outcome(entry.name, entry.package, sorted(entry.tags))
+    try:
+        model, args, kwargs = entry.build()
+        torch.manual_seed(SEED)
+        expected, truth = observe(model, args, kwargs)
+        outcome.true_sites, outcome.explicit_sites = truth.count, truth.explicit
+        outcome.escaped, outcome.mixed = truth.escaped, truth.mixed
+        _compare(outcome, model, args, kwargs, expected, options)
+        if train:
+            outcome.gradient_error = gradient_error(entry, options)
+    except Exception as error:  # any model may fail in any way; the report says how
+        outcome.error = _short(error)
+    return outcome
+
+
+def _compare(
+    outcome: Outcome,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expected: Any,
+    options: dict[str, Any] | None,
+) -> None:
+    from sparse_compile import last_report
+
+    tally: list[Any] = []
+    compiled = compile_without_inductor(model, tally, options)
+    with torch.no_grad():
+        torch.manual_seed(SEED)
+        got = compiled(*args, **kwargs)
+    report = last_report()
+    outcome.graphs = len(report.graphs)
+    outcome.graph_breaks = [str(brk.reason)[:200] for brk in report.graph_breaks]
+    outcome.pass_errors = [g.error[-1500:] for g in report.graphs if g.error]
+    record_sites(outcome, tally)
+    outcome.relative_error = worst_difference(got, expected)
+
+
+def record_sites(outcome: Outcome, tally: Sequence[Any]) -> None:
+    """Add the sites of the graphs that ran to an outcome."""
+    sites = [site for graph in tally for site in graph.sites]
+    outcome.found = len(sites)
+    outcome.rewritten = sum(site.status == "rewritten" for site in sites)
+    left = [site for site in sites if site.status == "declined"]
+    outcome.declined = dict(Counter(site.reason_code for site in left))
+    outcome.reasons = sorted({f"{s.reason_code}: {s.reason} ({s.source})" for s in left})[:6]
+    outcome.kernels = dict(Counter(site.kernel for site in sites if site.kernel))
+
+
+def compile_without_inductor(
+    model: nn.Module | Callable, tally: list[Any], options: dict[str, Any] | None = None
+) -> Callable:
+    """Compile with the passes alone; every graph's report joins `tally` each time it runs."""
+    from sparse_compile import last_report
+    from sparse_compile.backend import rewrite_only
+
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        before = len(last_report().graphs)
+        run = rewrite_only(gm, example_inputs, options=options)
+        graphs = last_report().graphs[before:]
+
+        def call(*args: Any) -> Any:
+            tally.extend(graphs)
+            return run(*args)
+
+        return call
+
+    return torch.compile(model, backend=backend)
+
+
+def gradient_error(entry: Entry, options: dict[str, Any] | None = None) -> float:
+    """Worst difference of gradients, relative to the largest gradient of the model."""
+    eager = _gradients(entry, lambda model: model)
+    ours = _gradients(entry, lambda model: compile_without_inductor(model, [], options))
+    top = max((float(g.abs().max()) for g in eager if g is not None and g.numel()), default=1.0)
+    worst = 0.0
+    for mine, reference in zip(ours, eager, strict=True):
+        if (mine is None) != (reference is None):
+            return float("inf")
+        if mine is not None and mine.numel():
+            worst = max(worst, float((mine - reference).abs().max()))
+    return worst / max(top, 1e-30)
+
+
+def _gradients(entry: Entry, wrap: Callable[[nn.Module], Callable]) -> list[Tensor | None]:
+    model, args, kwargs = entry.build()
+    inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+    for tensor in inputs:
+        tensor.requires_grad_(True)
+    torch.manual_seed(SEED)
+    out = wrap(model)(*args, **kwargs)
+    # A fixed random projection: a plain sum has no gradient through a last layer norm.
+    make = torch.Generator().manual_seed(SEED)
+    loss = torch.zeros(())
+    for leaf in leaves(out):
+        if leaf.is_floating_point() and leaf.requires_grad:
+            loss = loss + (leaf * torch.randn(leaf.shape, generator=make)).sum()
+    loss.backward()
+    return [t.grad for t in (*model.parameters(), *inputs)]
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, in order."""
+    for leaf in tree_flatten(plain(value))[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def worst_difference(got: Any, expected: Any) -> float:
+    """Largest error of any output, relative to the larger of 1 and the output's largest value.
+
+    NaN and infinities must be equal and in the same places; anything else gives infinity.
+    """
+    ours, theirs = list(leaves(got)), list(leaves(expected))
+    if len(ours) != len(theirs):
+        return float("inf")
+    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point() and not a.is_complex():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return float("inf")
+    if not torch.equal(a[~finite].nan_to_num(nan=7.0), b[~finite].nan_to_num(nan=7.0)):
+        return float("inf")
+    a, b = a[finite].double(), b[finite].double()
+    if a.numel() == 0:
+        return 0.0
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+
+
+def _short(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in frames[::-1])
+    return f"{type(error).__name__}: {str(error).strip()[:400]} @ {where}"

@@ -1,0 +1,433 @@
+"""Find every attention of a shadow: from each softmax back to Q K^T and forward to the product with V.
+
+No fixed patterns: layouts over axes are carried along, and what the walk meets on the way becomes
+an ordered list of steps. What is no attention is skipped; an attention that cannot be replaced is
+declined with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from sparse_compile.ir import Reason
+from sparse_compile.passes import vocabulary as voc
+from sparse_compile.passes.anchors import FUSED, Anchor, find_anchors
+from sparse_compile.passes.axes import (
+    Axis,
+    AxisMismatch,
+    Layout,
+    axes_of,
+    drop_expanded,
+    new_axes,
+    resolve,
+    split,
+    unify,
+)
+from sparse_compile.passes.candidates import Candidate, Declined, NotASite, Step, Tensor
+from sparse_compile.passes.score_walk import score_paths, scalar
+from sparse_compile.passes.shadow import Shadow
+from sparse_compile.passes.shapes import expression, shape_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention: a candidate, or the reason why it is left alone."""
+
+    anchor: fx.Node
+    candidate: Candidate | None = None
+    reason: Reason | None = None
+
+
+def find_candidates(shadow: Shadow) -> list[Found]:
+    """Every attention of the shadow in the order of its softmaxes."""
+    found: list[Found] = []
+    for anchor in find_anchors(shadow.graph):
+        try:
+            candidate = _read(anchor, shadow)
+        except NotASite:
+            continue
+        except Declined as declined:
+            found.append(Found(anchor.weights, reason=declined.reason))
+        else:
+            found.append(Found(anchor.weights, candidate))
+    for node in shadow.graph.nodes:
+        if voc.op_name(node) == FUSED:
+            found.append(_read_fused_or_decline(node))
+        elif (reason := _opaque_attention(node, shadow)) is not None:
+            found.append(Found(node, reason=reason))
+    order = {node: position for position, node in enumerate(shadow.graph.nodes)}
+    return sorted(found, key=lambda f: order[f.anchor])
+
+
+def _opaque_attention(node: fx.Node, shadow: Shadow) -> Reason | None:
+    target = shadow.owner(node).target if "dynamo" in node.meta else None
+    if node.name.startswith("opaque") and getattr(target, "__name__", "") == "flex_attention":
+        return Reason(
+            code="flex-attention",
+            message="the model calls flex_attention with a block mask of its own; it is kept",
+        )
+    return None
+
+
+def _read(anchor: Anchor, shadow: Shadow) -> Candidate:
+    shape = shape_of(anchor.weights)
+    layout: Layout = tuple(
+        new_axes(size, "s" if i == anchor.dim else "") for i, size in enumerate(shape)
+    )
+    keys = layout[anchor.dim]
+    if not keys:
+        raise NotASite
+    ahead = _ahead(anchor.weights, layout, keys)
+    paths = score_paths(anchor.logits, layout, keys)
+    paths = [path for path in paths if not _is_linear_map(path.q, path.k, shadow)]
+    if not paths:
+        if _looks_like_scores(anchor.logits):
+            raise Declined(
+                "scores-unknown",
+                "the scores come from a product that no layout over query and key axes describes",
+            )
+        raise NotASite
+    if ahead.reason is not None:
+        raise Declined(ahead.reason.code, ahead.reason.message)
+    path = max(paths, key=lambda p: p.coverage)
+    if any(step.kind == "sink" for step in path.steps) and not ahead.dropped_keys:
+        if resolve(keys) != resolve(path.keys):
+            raise Declined("sink-kept", "a concatenated logit is multiplied with a row of V")
+    if ahead.dropped_keys:
+        if not any(step.kind == "sink" for step in path.steps):
+            raise Declined("keys-dropped", "attention weights are cut off before the product with V")
+        unify(ahead.keys, path.keys)
+    steps = path.steps
+    if anchor.keep is not None:
+        own = drop_expanded(layout, shape_of(anchor.keep))
+        fill = sympy.S.NegativeInfinity
+        steps = (*steps, Step("fill", anchor.keep, anchor.keep, own, fill, keep_if=True))
+    if anchor.sink is not None:
+        steps = (*steps, Step("sink", anchor.weights, value=anchor.sink))
+    score = tuple(path.keys if i == anchor.dim else dim for i, dim in enumerate(layout))
+    region = path.region | anchor.inner | {anchor.weights} | ahead.region
+    _check_convex(shadow, region, [path.q.node, path.k.node, ahead.v.node, *_terms(steps)])
+    return Candidate(
+        anchor=anchor.weights,
+        q=path.q,
+        k=path.k,
+        v=ahead.v,
+        summed=path.summed,
+        score=score,
+        keys=path.keys,
+        out=ahead.out,
+        steps=steps,
+        post=ahead.steps,
+        dropout_p=ahead.dropout_p,
+        softmax_dtype=str(anchor.weights.meta["val"].dtype).removeprefix("torch."),
+        region=region,
+        nan_to_zero=ahead.nan_to_zero or anchor.safe,
+    )
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The way from the attention weights to the product with V."""
+
+    v: Tensor
+    out: Tensor
+    keys: tuple[Axis, ...]
+    steps: tuple[Step, ...]
+    dropout_p: float
+    region: frozenset[fx.Node]
+    dropped_keys: bool
+    nan_to_zero: bool
+    reason: Reason | None = None
+
+
+def _ahead(weights: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> _Ahead:
+    """Walk forward from the weights.
+
+    Raises:
+        NotASite: the keys are never summed against another tensor.
+        Declined: they are, but something in between cannot be replaced.
+    """
+    node = weights
+    steps: list[Step] = []
+    region: list[fx.Node] = []
+    dropout_p = 0.0
+    dropped = nan_to_zero = False
+    reason: Reason | None = None
+    while True:
+        user = _next_user(node, layout, keys)
+        if reason is None and len(node.users) > 1:
+            reason = Reason(
+                code="weights-escape",
+                message="the attention weights are used for something else than the product with V",
+            )
+        product = voc.contraction(user)
+        if product is not None and node in (product.left, product.right):
+            break
+        if voc.op_name(user) == "mul" and (product := _later_sum(user)) is not None:
+            user = product.node
+            break
+        name = voc.plain_name(user)
+        try:
+            after = voc.follow_view(user, layout)
+        except AxisMismatch:
+            raise Declined("weights-reshaped", "a view mixes keys and queries") from None
+        if after is not None:
+            layout = after
+        elif name in ("dropout", "native_dropout", "alpha_dropout"):
+            dropout_p = _dropout(user, dropout_p)
+        elif name == "nan_to_num":
+            nan_to_zero = True
+        elif name in ("slice", "narrow"):
+            layout, keys = _cut_keys(user, node, layout, keys)
+            dropped = True
+        elif getattr(user.target, "__name__", "") == "getitem":
+            pass  # the first result of native_dropout
+        else:
+            steps.append(_post_step(user, node, layout))
+        region.append(user)
+        node = user
+    try:
+        other, out_layout = product.layouts_from_operand(node, layout)
+    except (AxisMismatch, KeyError):
+        raise Declined("layout", "the product with V has a layout that is not understood") from None
+    v_node = product.right if node is product.left else product.left
+    region.append(user)
+    return _Ahead(
+        Tensor(v_node, other), Tensor(user, out_layout), keys, tuple(steps), dropout_p,
+        frozenset(region), dropped, nan_to_zero, reason,
+    )  # fmt: skip
+
+
+def _later_sum(node: fx.Node) -> voc.Contraction | None:
+    """A product whose only user sums it."""
+    users = list(node.users)
+    return voc.contraction(users[0]) if len(users) == 1 and voc.op_name(users[0]) == "sum" else None
+
+
+def _next_user(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> fx.Node:
+    """The user that leads to a sum over the keys; views and elementwise operators are looked through."""
+    for user in node.users:
+        if _reaches_sum(user, node, layout, keys, 12):
+            return user
+    raise NotASite
+
+
+def _reaches_sum(
+    user: fx.Node, node: fx.Node, layout: Layout, keys: tuple[Axis, ...], depth: int
+) -> bool:
+    """Whether `user`, or what it feeds, sums exactly the key axes of `node` against a tensor."""
+    product = voc.contraction(user)
+    if product is None and voc.op_name(user) == "mul":
+        product = _later_sum(user)
+        if product is not None and node not in (product.left, product.right):
+            product = None
+    if product is not None and node in (product.left, product.right):
+        try:
+            other, out = product.layouts_from_operand(node, layout)
+        except (AxisMismatch, KeyError):
+            return False
+        here = set(resolve(keys))
+        return (
+            product.left is not product.right
+            and not here & set(axes_of(out))
+            and here == here & set(axes_of(other))
+        )
+    if depth == 0 or not voc.is_tensor(user):
+        return getattr(user.target, "__name__", "") == "getitem" and depth > 0
+    name = voc.plain_name(user)
+    try:
+        after = voc.follow_view(user, layout)
+        if after is None and name in ("slice", "narrow"):
+            after, keys = _cut_keys(user, node, layout, keys)
+    except (AxisMismatch, Declined):
+        return False
+    elementwise = name in _ELEMENTWISE or "dropout" in name
+    if after is None and not elementwise:
+        return False
+    if after is None and shape_of(user) != shape_of(node):
+        return False
+    return any(_reaches_sum(u, user, after or layout, keys, depth - 1) for u in user.users)
+
+
+_ELEMENTWISE = frozenset("mul div masked_fill where nan_to_num add sub".split())
+
+
+def _dropout(node: fx.Node, so_far: float) -> float:
+    p, train = voc.argument(node, 1, "p", 0.0), voc.argument(node, 2, "train", True)
+    if not train or p == 0:
+        return so_far
+    if so_far or not isinstance(p, float):
+        raise Declined("dropout-twice", "the attention weights are dropped twice")
+    return p
+
+
+def _cut_keys(
+    user: fx.Node, node: fx.Node, layout: Layout, keys: tuple[Axis, ...]
+) -> tuple[Layout, tuple[Axis, ...]]:
+    before, after = shape_of(node), shape_of(user)
+    cut = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    if len(cut) != 1 or resolve(layout[cut[0]]) != resolve(keys):
+        raise Declined("weights-cut", "a part of the attention weights is cut off")
+    start = voc.argument(user, 2, "start", 0) if voc.op_name(user) == "slice" else user.args[2]
+    if start not in (0, None) or before[cut[0]] - after[cut[0]] != 1:
+        raise Declined("weights-cut", "more than one trailing logit is cut off")
+    fresh = new_axes(after[cut[0]], "s")
+    return (*layout[: cut[0]], fresh, *layout[cut[0] + 1 :]), fresh
+
+
+def _post_step(user: fx.Node, node: fx.Node, layout: Layout) -> Step:
+    """A step between softmax and V: a factor, or a fill with zero."""
+    name = voc.plain_name(user)
+    args = user.args
+    if name in ("mul", "div") and len(args) > 1:
+        other = args[1] if args[0] is node else args[0]
+        if name == "mul" or args[0] is node:
+            if voc.is_tensor(other) and shape_of(user) == shape_of(node):
+                own = drop_expanded(layout, shape_of(other))  # type: ignore[arg-type]
+                return Step("mul" if name == "mul" else "div", user, other, own)  # type: ignore[arg-type]
+            if (value := voc.number(other)) is not None:
+                return Step("mul" if name == "mul" else "div", user, value=value)
+    if name in ("masked_fill", "where"):
+        mask = args[1] if name == "masked_fill" else args[0]
+        fill = scalar(args[2] if name == "masked_fill" or args[1] is node else args[1])
+        keep_if = name == "where" and args[1] is node
+        if fill == 0 and voc.is_tensor(mask):
+            own = drop_expanded(layout, shape_of(mask))  # type: ignore[arg-type]
+            return Step("fill", user, mask, own, fill, keep_if)  # type: ignore[arg-type]
+    raise Declined("weights-op", f"{voc.op_name(user)} changes the attention weights after softmax")
+
+
+def _terms(steps: tuple[Step, ...]) -> Iterator[fx.Node]:
+    return (step.term for step in steps if step.term is not None)
+
+
+def _check_convex(shadow: Shadow, region: frozenset[fx.Node], inputs: Collection[fx.Node]) -> None:
+    """Decline when an input of the attention is computed from its own inside.
+
+    Raises:
+        Declined: the region is not convex.
+    """
+    inside = region
+    first = min(shadow.positions[node] for node in inside)
+    seen: set[fx.Node] = set()
+    pending = [node for node in inputs if node not in inside]
+    while pending:
+        node = pending.pop()
+        if node in seen or shadow.positions[node] < first:
+            continue
+        if node in inside:
+            raise Declined("not-convex", "an input of the attention depends on its own scores")
+        seen.add(node)
+        pending.extend(node.all_input_nodes)
+
+
+def _looks_like_scores(logits: fx.Node) -> bool:
+    """Whether a softmax's input is, a few views and elementwise steps back, a product of activations."""
+    pending = [(logits, 0)]
+    seen: set[fx.Node] = set()
+    while pending:
+        node, depth = pending.pop()
+        if node in seen or depth > 10 or not isinstance(node, fx.Node):
+            continue
+        seen.add(node)
+        product = voc.contraction(node)
+        if product is not None:
+            if all(_is_activation(side) for side in (product.left, product.right)):
+                return True
+            continue
+        if voc.op_name(node) in _STOPS:
+            continue
+        pending.extend((source, depth + 1) for source in node.all_input_nodes)
+    return False
+
+
+_STOPS = frozenset(
+    "linear conv1d conv2d conv3d convolution layer_norm embedding gather topk".split()
+)
+
+
+def _is_activation(node: fx.Node) -> bool:
+    last = voc.peel(node, tuple(new_axes(size) for size in shape_of(node)))[-1][0]
+    return last.op not in ("placeholder", "get_attr")
+
+
+def _is_linear_map(q: Tensor, k: Tensor, shadow: Shadow) -> bool:
+    """Whether a product is a layer: one factor is a parameter, so no keys are compared with queries."""
+    bare = [voc.peel(side.node, side.layout)[-1][0] in shadow.parameters for side in (q, k)]
+    if bare[1]:
+        return True
+    return bare[0] and len(set(axes_of(q.layout))) <= 1
+
+
+def _read_fused_or_decline(node: fx.Node) -> Found:
+    try:
+        return Found(node, _read_fused(node))
+    except (Declined, AxisMismatch) as error:
+        reason = getattr(error, "reason", None) or Reason(code="layout", message=str(error))
+        return Found(node, reason=reason)
+
+
+def _read_fused(node: fx.Node) -> Candidate:
+    """`scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)`."""
+    q, k, v = node.args[:3]
+    shapes = [shape_of(x) for x in (q, k, v)]  # type: ignore[arg-type]
+    out_shape = shape_of(node)
+    rank = len(out_shape)
+    if rank < 2:
+        raise Declined("layout", "attention over tensors without tokens")
+    batch: list[tuple[Axis, ...]] = [new_axes(size) for size in out_shape[:-2]]
+    tokens, keys = new_axes(out_shape[-2], "t"), new_axes(shapes[1][-2], "s")
+    head, value = new_axes(shapes[0][-1], "d"), new_axes(out_shape[-1], "v")
+    if not keys:
+        keys = (Axis(sympy.Integer(1), "s"),)
+    gqa = bool(node.kwargs.get("enable_gqa", False)) and shapes[0][-3] != shapes[1][-3]
+    kv_batch = list(batch)
+    if gqa and batch[-1]:
+        kv_batch[-1] = () if shapes[1][-3] == 1 else (split(batch[-1][0], shapes[1][-3])[0],)
+
+    def layout(
+        dims: list[tuple[Axis, ...]], shape: tuple[sympy.Expr, ...], *tail: tuple[Axis, ...]
+    ) -> Layout:
+        whole = (*dims, *tail)[-len(shape) :]
+        return tuple(() if size == 1 else dim for dim, size in zip(whole, shape, strict=True))
+
+    score: Layout = (*batch, tokens, keys)
+    steps: list[Step] = []
+    mask = voc.argument(node, 3, "attn_mask")
+    if voc.argument(node, 5, "is_causal", False):
+        steps.append(Step("fill", node, value=sympy.S.NegativeInfinity, name="causal"))
+    if mask is not None:
+        own = drop_expanded(score, shape_of(mask))
+        if mask.meta["val"].dtype == torch.bool:
+            steps.append(Step("fill", node, mask, own, sympy.S.NegativeInfinity, keep_if=True))
+        else:
+            steps.append(Step("add", node, mask, own, sympy.Integer(1)))
+    scale = node.kwargs.get("scale")
+    factor = 1 / sympy.sqrt(shapes[0][-1]) if scale is None else _number(scale)
+    return Candidate(
+        anchor=node,
+        q=Tensor(q, layout(batch, shapes[0], tokens, head)),  # type: ignore[arg-type]
+        k=Tensor(k, layout(kv_batch, shapes[1], keys, head)),  # type: ignore[arg-type]
+        v=Tensor(v, layout(kv_batch, shapes[2], keys, value)),  # type: ignore[arg-type]
+        summed=head,
+        score=score,
+        keys=keys,
+        out=Tensor(node, (*batch, tokens, value)),
+        steps=tuple(steps),
+        dropout_p=float(voc.argument(node, 4, "dropout_p", 0.0)),
+        softmax_dtype="float32",
+        factor=factor,
+        region=frozenset({node}),
+        nan_to_zero=True,
+    )
+
+
+def _number(value: object) -> sympy.Expr:
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    return expression(value)  # type: ignore[arg-type]

@@ -1,0 +1,277 @@
+"""Write the replacement of one site into the Dynamo graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import msgspec
+import sympy
+import torch
+from torch import fx
+
+from sparse_compile import expressions as ex
+from sparse_compile.evaluation import Source as OperandSource
+from sparse_compile.evaluation import evaluate
+from sparse_compile.expressions import Load
+from sparse_compile.ir import KernelPlan, ScoreProgram
+from sparse_compile.passes.axes import Axis, size_of
+from sparse_compile.passes.emit import Emitter
+from sparse_compile.passes.lower_flex import emit_flex
+from sparse_compile.passes.programs import Factor, OperandRef, Proven, Source
+
+PROGRAM_OP = torch.ops.sparse_compile
+
+
+def lower(emitter: Emitter, proven: Proven, plan: KernelPlan) -> fx.Node:
+    """Emit a site's replacement.
+
+    Returns:
+        The Dynamo node that has the value of the site's output, in its layout and dtype.
+    Raises:
+        Declined: a tensor cannot be brought to the kernel's layout.
+    """
+    roles, candidate = proven.roles, proven.candidate
+    dtype = compute_dtype(proven)
+    queries = (roles.batch, roles.query_heads, roles.queries, roles.head)
+    keys = (roles.batch, roles.kv_heads, roles.keys, roles.head)
+    values = (roles.batch, roles.kv_heads, roles.keys, roles.value)
+    q = _operand(emitter, proven.q, queries, dtype)
+    k = _operand(emitter, proven.k, keys, dtype)
+    v = _operand(emitter, proven.v, values, dtype)
+    for factor in proven.q_factors:
+        q = _scaled(emitter, q, factor, (roles.batch, roles.query_heads, roles.queries, ()))
+    for factor in proven.v_factors:
+        v = _scaled(emitter, v, factor, (roles.batch, roles.kv_heads, roles.keys, ()))
+    out = _KERNELS[plan.kernel](emitter, proven, plan, q, k, v)
+    for factor in proven.out_factors:
+        out = _scaled(emitter, out, factor, (roles.batch, roles.query_heads, roles.queries, ()))
+    wanted = candidate.out.node.meta["val"].dtype
+    out = _cast(emitter, out, wanted)
+    order = (roles.batch, roles.query_heads, roles.queries, roles.value)
+    return emitter.restore(out, order, candidate.out.layout)
+
+
+def compute_dtype(proven: Proven) -> torch.dtype:
+    """The dtype in which Q, K and V meet; autocast shows in the dtype of the model's own products."""
+    dtypes = {proven.q.dtype, proven.k.dtype, proven.v.dtype}
+    out = proven.candidate.out.node.meta["val"].dtype
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        own = proven.candidate.v.node.meta["val"].dtype
+        return out if own != out and own == dtype else dtype
+    wide = torch.promote_types(proven.q.dtype, proven.k.dtype)
+    return torch.promote_types(wide, proven.v.dtype)
+
+
+def _operand(
+    emitter: Emitter, source: Source, order: tuple[tuple[Axis, ...], ...], dtype: torch.dtype
+) -> fx.Node:
+    node = emitter.value(source.tensor.node)
+    node = emitter.arrange(node, source.tensor.layout, order, whole=[True] * len(order))
+    return _cast(emitter, node, dtype)
+
+
+def _cast(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor) and value.dtype == dtype:
+        return node
+    return emitter.method("to", node, dtype)
+
+
+def _scaled(
+    emitter: Emitter, node: fx.Node, factor: Factor, order: tuple[tuple[Axis, ...], ...]
+) -> fx.Node:
+    """Multiply by a factor, or put zeros where it says so; keeps the dtype."""
+    dtype = node.meta["example_value"].dtype
+    if factor.term is None:
+        assert factor.value is not None
+        value: Any = float(factor.value)
+    elif isinstance(factor.term.meta.get("val"), torch.Tensor):
+        value = emitter.arrange(emitter.value(factor.term), factor.layout, order)
+    else:
+        value = emitter.value(factor.term)
+    if factor.zero_if is not None:
+        mask = value if factor.zero_if else emitter.call(torch.logical_not, value)
+        return emitter.method("masked_fill", node, mask, 0.0)
+    function = torch.div if factor.inverse else torch.mul
+    return _cast(emitter, emitter.call(function, node, value), dtype)
+
+
+def operand_node(
+    emitter: Emitter, proven: Proven, ref: OperandRef, device: torch.device
+) -> fx.Node:
+    """The Dynamo node of an operand; sizes become numbers of no dimensions on `device`."""
+    if not isinstance(ref.node, fx.Node):
+        size = emitter.size(ref.node)
+        return emitter.call(torch.full, (), size, dtype=torch.int64, device=device)
+    node = emitter.value(ref.node)
+    if not isinstance(node.meta["example_value"], torch.Tensor):
+        return emitter.call(torch.full, (), node, dtype=torch.float64, device=device)
+    if ref.layout is None:
+        return node
+    roles = proven.roles
+    order = (roles.batch, roles.query_heads, roles.queries, roles.keys)
+    return emitter.arrange(node, ref.layout, order)
+
+
+def used_operands(proven: Proven) -> tuple[ScoreProgram, tuple[OperandRef, ...]]:
+    """The program with only the operands that it loads, numbered anew."""
+    parts = _parts(proven.program)
+    loads = {load for part in parts.values() for load in part.atoms(Load)}
+    used = sorted({int(load.args[0]) for load in loads})
+    number = {old: new for new, old in enumerate(used)}
+
+    def renumbered(part: sympy.Basic) -> sympy.Basic:
+        return part.replace(Load, lambda i, *index: Load(number[int(i)], *index))
+
+    changed = {
+        name: part if used == list(range(len(used))) else renumbered(part)
+        for name, part in parts.items()
+    }
+    program = msgspec.structs.replace(proven.program, **changed)
+    return program, tuple(proven.operands[old] for old in used)
+
+
+def closed_program(proven: Proven) -> tuple[ScoreProgram, tuple[OperandRef, ...]]:
+    """The same with every size symbol turned into a load of a number of no dimensions."""
+    program, refs = used_operands(proven)
+    parts = _parts(program)
+    changes: dict[sympy.Basic, sympy.Basic] = {}
+    for symbol in size_symbols(program):
+        changes[symbol] = Load(len(refs))
+        refs = (*refs, OperandRef(symbol))
+    closed = {name: part.xreplace(changes) for name, part in parts.items()}
+    return msgspec.structs.replace(program, **closed), refs
+
+
+def size_symbols(program: ScoreProgram) -> list[sympy.Symbol]:
+    """The size symbols of a program, in a fixed order."""
+    found = {symbol for part in _parts(program).values() for symbol in part.free_symbols}
+    return sorted(found - {*ex.INDICES, ex.x}, key=str)
+
+
+def _parts(program: ScoreProgram) -> dict[str, sympy.Basic]:
+    names = ("score", "keep", "sink", "weight")
+    return {name: part for name in names if (part := getattr(program, name)) is not None}
+
+
+def _program_attention(
+    emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
+) -> fx.Node:
+    import sparse_compile.kernels.program_attention  # noqa: F401  registers the operator
+
+    program, refs = closed_program(proven)
+    device = q.meta["example_value"].device
+    operands = [operand_node(emitter, proven, ref, device) for ref in refs]
+    p = proven.candidate.dropout_p
+    seed = emitter.call(torch.randint, 2**62, (), dtype=torch.int64, device=device) if p else None
+    both = emitter.call(
+        PROGRAM_OP.program_attention_v1.default, q, k, v, operands, program.encode(), p, seed
+    )
+    return emitter.call(operator.getitem, both, 0)
+
+
+def _flex_attention(
+    emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
+) -> fx.Node:
+    program, refs = used_operands(proven)
+    device = q.meta["example_value"].device
+    operands = [operand_node(emitter, proven, ref, device) for ref in refs]
+    sizes = {symbol: emitter.size(symbol) for symbol in size_symbols(program)}
+    with emitter.recording():
+        return emit_flex(
+            emitter.gm, emitter.before, q, k, v, operands, program, sizes,
+            may_be_empty=proven.may_be_empty, shared=emitter.block_masks,
+        )  # fmt: skip
+
+
+def _sdpa(
+    emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
+) -> fx.Node:
+    roles, program = proven.roles, proven.program
+    mask = has_key = None
+    if plan.flags.get("mask"):
+        mask, has_key = _mask_tensor(emitter, proven, q)
+    gqa = bool(plan.flags.get("enable_gqa"))
+    if roles.group and not gqa:
+        k = _repeat_heads(emitter, proven, k, roles.head)
+        v = _repeat_heads(emitter, proven, v, roles.value)
+    options: dict[str, Any] = {"scale": program.scale}
+    if gqa:
+        options["enable_gqa"] = True
+    if mask is not None:
+        options["attn_mask"] = mask
+    if plan.flags.get("is_causal"):
+        options["is_causal"] = True
+    if proven.candidate.dropout_p:
+        options["dropout_p"] = proven.candidate.dropout_p
+    out = emitter.call(torch.nn.functional.scaled_dot_product_attention, q, k, v, **options)
+    if has_key is None or not proven.may_be_empty or program.empty_rows == "zero":
+        return out
+    if program.empty_rows == "nan":
+        return emitter.call(torch.where, has_key, out, float("nan"))
+    mean = emitter.method("mean", v, 2, keepdim=True)
+    if roles.group and gqa:
+        mean = _repeat_heads(emitter, proven, mean, roles.value, tokens=())
+    return emitter.call(torch.where, has_key, out, mean)
+
+
+def _repeat_heads(
+    emitter: Emitter, proven: Proven, node: fx.Node, last: tuple[Axis, ...],
+    tokens: tuple[Axis, ...] | None = None,
+) -> fx.Node:  # fmt: skip
+    roles = proven.roles
+    tokens = roles.keys if tokens is None else tokens
+    layout = (roles.batch, roles.kv_heads, tokens, last)
+    order = (roles.batch, roles.query_heads, tokens, last)
+    return emitter.arrange(node, layout, order, whole=[True] * 4)
+
+
+def _mask_tensor(emitter: Emitter, proven: Proven, q: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """A site's mask and bias as one tensor for fused attention, and which rows keep a key."""
+    example = q.meta["example_value"]
+    program, refs = closed_program(proven)
+    bias = program.score - ex.x
+    env: dict[sympy.Basic, fx.Node] = {}
+    for axis, (symbol, size) in enumerate(proven.roles.sizes().items()):
+        if bias.has(symbol) or program.keep.has(symbol):
+            shape = [-1 if axis == i else 1 for i in range(4)]
+            index = emitter.call(torch.arange, emitter.size(size), device=example.device)
+            env[symbol] = emitter.method("reshape", index, shape)
+    operands = [operand_node(emitter, proven, ref, example.device) for ref in refs]
+    for load in {*bias.atoms(Load), *program.keep.atoms(Load)}:
+        if refs[int(load.args[0])].layout is not None:
+            env[load] = operands[int(load.args[0])]
+
+    def value_of(expr: sympy.Basic, node_dtype: torch.dtype) -> fx.Node:
+        def function(*proxies: Any) -> Any:
+            given = dict(zip(env, proxies, strict=False))
+            tensors = [
+                OperandSource(proxy, node.meta["example_value"].dtype, _plain_shape(node))
+                for proxy, node in zip(proxies[len(env) :], operands, strict=True)
+            ]
+            return evaluate(expr, given, tensors, dtype=node_dtype)
+
+        return emitter.traced(function, *env.values(), *operands)
+
+    if program.keep is sympy.true:
+        return _cast(emitter, value_of(bias, example.dtype), example.dtype), None
+    keep = value_of(program.keep, torch.float32)
+    has_key = emitter.method("any", keep, -1, keepdim=True) if proven.may_be_empty else None
+    if bias == 0:
+        return keep, has_key
+    value = value_of(bias, example.dtype)
+    mask = emitter.call(torch.where, keep, value, float("-inf"))
+    return _cast(emitter, mask, example.dtype), has_key
+
+
+def _plain_shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["example_value"].shape)
+
+
+_KERNELS = {
+    "sdpa": _sdpa,
+    "flex_attention": _flex_attention,
+    "program_attention": _program_attention,
+}

@@ -1,0 +1,108 @@
+"""The `AttentionSite` of what detection and proof found: values only, for plans and reports."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from sparse_compile import ir
+from sparse_compile.passes import vocabulary as voc
+from sparse_compile.passes.axes import size_of
+from sparse_compile.passes.detect import Found
+from sparse_compile.passes.mutation import mutated_arguments, storage_root
+from sparse_compile.passes.programs import OperandRef, Proven
+from sparse_compile.passes.roles import index_map
+from sparse_compile.passes.shadow import Shadow
+
+_ONE = sympy.Integer(1)
+
+
+def site_of(found: Found, name: str, source: str, proven: Proven | None = None) -> ir.AttentionSite:
+    """Describe a site; without a proof only its place and the reason for declining are known."""
+    value = found.anchor.meta.get("val")
+    dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
+    anchor = str(found.anchor.target)
+    if proven is None:
+        return ir.AttentionSite(
+            name=name, anchor=anchor, source=source, batch=_ONE, query_heads=_ONE, kv_heads=_ONE,
+            query_tokens=_ONE, key_tokens=_ONE, head_dim=_ONE, value_dim=_ONE, dtype=dtype,
+            scale=1.0, reason=found.reason,
+        )  # fmt: skip
+    roles, candidate = proven.roles, proven.candidate
+    out = candidate.out.node.meta["val"]
+    return ir.AttentionSite(
+        name=name,
+        anchor=anchor,
+        source=source,
+        batch=size_of(roles.batch),
+        query_heads=size_of(roles.query_heads),
+        kv_heads=size_of(roles.kv_heads),
+        query_tokens=size_of(roles.queries),
+        key_tokens=size_of(roles.keys),
+        head_dim=size_of(roles.head),
+        value_dim=size_of(roles.value),
+        dtype=str(out.dtype).removeprefix("torch."),
+        scale=_scale(proven),
+        transforms=proven.transforms,
+        mask=proven.mask,
+        empty_rows=proven.program.empty_rows,
+        operands=tuple(_operand(ref, shadow) for ref in proven.operands),
+        q_map=index_map(_name(proven.q.tensor.node, shadow), proven.q.tensor, roles),
+        k_map=index_map(_name(proven.k.tensor.node, shadow), proven.k.tensor, roles),
+        v_map=index_map(_name(proven.v.tensor.node, shadow), proven.v.tensor, roles),
+        softmax_dtype=candidate.softmax_dtype,
+        dropout_p=candidate.dropout_p,
+        kv_source=_kv_source(proven.k.tensor.node),
+        training=bool(out.requires_grad) or _needs_grad(proven),
+    )
+
+
+def _scale(proven: Proven) -> float:
+    """The constant that the raw scores are multiplied by, before anything else happens to them."""
+    scale = 1.0
+    for transform in proven.transforms:
+        if not isinstance(transform, ir.Scale):
+            break
+        if transform.factor.is_number:
+            scale *= float(transform.factor)
+    return scale
+
+
+def _name(node: fx.Node, shadow: Shadow) -> str:
+    """What the model's graph calls a value: the Dynamo name without its decoration."""
+    origin = shadow.origins.get(node)
+    name = node.name if origin is None else origin.name
+    if node.op == "placeholder":
+        name = name.removeprefix("l_").removesuffix("_")
+    return name
+
+
+def _operand(ref: OperandRef, shadow: Shadow) -> ir.Operand:
+    if not isinstance(ref.node, fx.Node):
+        return ir.Operand(name=str(ref.node), shape=(), dtype="int64")
+    value = ref.node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return ir.Operand(name=_name(ref.node, shadow), shape=(), dtype="float64")
+    dtype = str(value.dtype).removeprefix("torch.")
+    return ir.Operand(name=_name(ref.node, shadow), shape=tuple(map(str, value.shape)), dtype=dtype)
+
+
+def _needs_grad(proven: Proven) -> bool:
+    tensors = (proven.q.tensor.node, proven.k.tensor.node, proven.v.tensor.node)
+    return torch.is_grad_enabled() and any(node.meta["val"].requires_grad for node in tensors)
+
+
+def _kv_source(node: fx.Node) -> ir.KvSource:
+    """`static_cache` where K is read from a tensor of the caller's that the graph writes into."""
+    seen = 0
+    while seen < 8:
+        if mutated_arguments(node):
+            return "static_cache"
+        root = storage_root(node)
+        if root is node:
+            return (
+                "static_cache" if voc.op_name(node) in ("index_copy", "index_put") else "contiguous"
+            )
+        node, seen = root, seen + 1
+    return "contiguous"

@@ -1,0 +1,188 @@
+"""Translation validation: run the model's own computation of a site and its replacement, compare.
+
+Both sides read the same random tensors where Q, K, V and everything else enter; all arithmetic is
+float64 wherever the operators allow it. A proof that is wrong shows as a difference of order one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from sparse_compile.passes.programs import Proven
+from sparse_compile.passes.rewrite import Replacement
+from sparse_compile.passes.shadow import Shadow, opaque
+
+TOLERANCE = 1e-5  # casts to float32 inside the model leave errors of this order
+MAX_ELEMENTS = 2**24  # a larger score tensor is not built
+SEED = 0
+
+
+def validate(proven: Proven, shadow: Shadow, replacement: Replacement) -> str:
+    """Compare a site with what was written for it.
+
+    Args:
+        proven: The site.
+        shadow: Its shadow.
+        replacement: What was written for it.
+    Returns:
+        "passed: ...", "failed: ..." or "skipped: ...", with the reason.
+    """
+    elements = 1
+    for size in proven.candidate.score_sizes():
+        elements *= _hint_of_expression(size, shadow)
+    if elements > MAX_ELEMENTS:
+        return f"skipped: {elements} scores are too many to compute"
+    if proven.candidate.dropout_p:
+        return "skipped: dropout is random"
+    inputs = _Inputs(shadow)
+    try:
+        original = _Runner(inputs.of_shadow(proven)).value(proven.candidate.out.node)
+    except Exception as error:
+        return f"skipped: the original cannot be run on random inputs ({type(error).__name__})"
+    try:
+        assert replacement.value is not None
+        ours = _Runner(inputs.of_dynamo(replacement)).value(replacement.value)
+    except Exception as error:
+        return f"failed: the replacement raised {type(error).__name__}: {error}"
+    return _compare(original, ours)
+
+
+def _compare(original: torch.Tensor, ours: torch.Tensor) -> str:
+    if original.shape != ours.shape:
+        return f"failed: shape {tuple(ours.shape)} instead of {tuple(original.shape)}"
+    if not torch.equal(original.isnan(), ours.isnan()):
+        return "failed: NaN in different places"
+    difference = (original - ours).nan_to_num().abs().max().item() if original.numel() else 0.0
+    size = max(1.0, original.nan_to_num().abs().max().item() if original.numel() else 0.0)
+    verdict = "passed" if difference <= TOLERANCE * size else "failed"
+    return f"{verdict}: max error {difference:.1e}"
+
+
+class _Inputs:
+    """Random values where a site's slice begins, the same for both graphs."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        self.shadow = shadow
+        self.generator = torch.Generator().manual_seed(SEED)
+        self.shadow_values: dict[fx.Node, Any] = {}
+
+    def of_shadow(self, proven: Proven) -> Callable[[fx.Node], Any]:
+        """Gives values for the shadow: leaves are random, everything else is computed."""
+        leaves = {source.tensor.node for source in (proven.q, proven.k, proven.v)}
+
+        def given(node: fx.Node) -> Any:
+            leaf = node in leaves or node.op in ("placeholder", "get_attr")
+            if not leaf and node.target is not opaque:
+                return None
+            if node not in self.shadow_values:
+                self.shadow_values[node] = self._random(node)
+            return self.shadow_values[node]
+
+        return given
+
+    def of_dynamo(self, replacement: Replacement) -> Callable[[fx.Node], Any]:
+        """Gives the same values for the Dynamo graph."""
+        recomputed = dict(replacement.recomputed)
+        values = {
+            recomputed[node]: value
+            for node, value in self.shadow_values.items()
+            if node in recomputed
+        }
+        for node, value in self.shadow_values.items():
+            for dynamo in self.shadow.aliases.get(node, [self.shadow.origins.get(node)]):
+                if dynamo is not None:
+                    values[dynamo] = value
+
+        def given(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            if node.op == "get_attr":
+                attribute = getattr(node.graph.owning_module, str(node.target))
+                return attribute if not isinstance(attribute, torch.Tensor) else _widened(attribute)
+            if node.op == "placeholder":
+                values[node] = self._random(node)
+            return values.get(node)
+
+        return given
+
+    def _random(self, node: fx.Node) -> Any:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if node in self.shadow.constants:
+            return _widened(self.shadow.constants[node].detach().cpu().clone())
+        if not isinstance(value, torch.Tensor):
+            return _hint(value)
+        shape = [_hint(size) for size in value.shape]
+        if value.dtype == torch.bool:
+            return torch.rand(shape, generator=self.generator) < 0.8
+        if value.dtype.is_floating_point:
+            return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return torch.randint(0, 2, shape, generator=self.generator).to(value.dtype)
+
+
+class _Runner:
+    """Computes a node's value by running what it depends on."""
+
+    def __init__(self, given: Callable[[fx.Node], Any]) -> None:
+        self.given = given
+        self.values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        pending = [node]
+        while pending:
+            top = pending[-1]
+            if top in self.values:
+                pending.pop()
+                continue
+            found = self.given(top)
+            if found is not None:
+                self.values[top] = found.clone() if isinstance(found, torch.Tensor) else found
+                continue
+            missing = [source for source in top.all_input_nodes if source not in self.values]
+            if missing:
+                pending.extend(missing)
+                continue
+            self.values[top] = self._run(top)
+        return self.values[node]
+
+    def _run(self, node: fx.Node) -> Any:
+        def known(item: fx.Node) -> Any:
+            return self.values[item]
+
+        args: Sequence[Any] = pytree.tree_map_only(fx.Node, known, tuple(node.args))
+        kwargs: Mapping[str, Any] = pytree.tree_map_only(fx.Node, known, dict(node.kwargs))
+        kwargs = {k: "cpu" if k == "device" and v is not None else v for k, v in kwargs.items()}
+        if node.op == "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.op == "call_function":
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            raise ValueError(f"{node.op} has no value here")
+        return pytree.tree_map_only(torch.Tensor, _widened, result)
+
+
+def _widened(value: torch.Tensor) -> torch.Tensor:
+    return value.double() if value.dtype.is_floating_point else value
+
+
+def _hint(size: Any) -> Any:
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size.node.hint
+    return size
+
+
+def _hint_of_expression(size: Any, shadow: Shadow) -> int:
+    if size.is_Integer:
+        return int(size)
+    hints = {}
+    for node in shadow.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+        for found in sizes:
+            if isinstance(found, torch.SymInt):
+                hints[found.node.expr] = found.node.hint
+    return int(size.xreplace(hints))

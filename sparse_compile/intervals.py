@@ -1,0 +1,366 @@
+"""Interval arithmetic over blocks of indices: what a predicate can be anywhere in a block.
+
+Like `evaluate`, `bounds` applies only operators and `torch` functions to values, so it also prints
+itself into a graph when it is given proxies.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from sympy.core.relational import Relational
+
+from sparse_compile.evaluation import Source, maximum, minimum, slice_of
+from sparse_compile.expressions import Load, cleared, whole_quotient
+
+_SLACK = 1e-5  # relative; `evaluate` rounds to float32, whose steps are 6e-8, a few times over
+
+
+class Interval(NamedTuple):
+    """All values of a number in a block lie between `low` and `high`."""
+
+    low: Any  # Python floats or float64 tensors
+    high: Any
+    is_exact: bool = True  # `evaluate` computes the same numbers, without rounding
+    is_finite: bool = True
+
+
+class Possible(NamedTuple):
+    """What a Boolean is in a block: `some` may be too true, `every` too false, never the reverse."""
+
+    some: Any  # Python bools or bool tensors
+    every: Any
+
+
+_ANYTHING = Interval(-math.inf, math.inf, is_exact=False, is_finite=False)
+
+
+def bounds(expr: sympy.Basic, intervals: Mapping[sympy.Basic, tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The least and greatest value of `expr` over blocks; for a Boolean, (possible, certain).
+
+    The answer is conservative: `low` may be too low, `high` too high, `possible` too true and
+    `certain` too false, never the reverse.
+
+    Args:
+        expr: A number or a Boolean over indices, sizes and loads.
+        intervals: Lowest and highest value (both included; numbers or broadcastable tensors) of
+            each symbol, and of each `Load` that something is known about; other loads may be
+            anything. NaN as an end means the same.
+    """
+    expr = sympy.sympify(expr)
+    known = {one: ends for one, ends in intervals.items() if expr.has(one)}
+    return tuple(_Bounds(known).visit(expr))[:2]
+
+
+def load_extrema(
+    operand: torch.Tensor | Source,
+    load: Load,
+    blocks: Mapping[sympy.Symbol, tuple[Any, int]],
+    lengths: Mapping[sympy.Symbol, Any],
+    arange: Callable[[Any], Any],
+) -> tuple[Any, Any] | None:
+    """Least and greatest value that `load` reads for each block of its indices.
+
+    Args:
+        operand: What `load` reads.
+        load: The read; its positions must be as `slice_of` wants them.
+        blocks: Length and block size of each index symbol, in the order of the result's axes.
+        lengths: The lengths as numbers or symbolic sizes, where those of `blocks` may be proxies.
+        arange: Makes the numbers up to a length, where the operand is.
+
+    Returns:
+        Two float64 tensors with one axis per symbol of `blocks` (of size 1 for a symbol that does
+        not occur), or None if the positions have another form.
+    """
+    ranges = {symbol: (0, length) for symbol, (length, _) in blocks.items()}
+    part = slice_of(operand, load, ranges, lengths)
+    if part is None:
+        return None
+    low = high = part.detach().to(torch.float64)
+    for axis, (symbol, (length, size)) in enumerate(blocks.items()):
+        if size > 1 and symbol in load.args:
+            # positions past the end repeat the last element, which changes no extremum
+            padded = arange((length + size - 1) // size * size)
+            position = torch.clamp(padded, max=length - 1)
+            low, high = (
+                reduce(value.index_select(axis, position).unflatten(axis, (-1, size)), axis + 1)
+                for value, reduce in ((low, torch.amin), (high, torch.amax))
+            )
+    return low, high
+
+
+class _Bounds:
+    """One call of `bounds`; remembers what it computed."""
+
+    def __init__(self, intervals: Mapping[sympy.Basic, tuple[Any, Any]]) -> None:
+        self.done: dict[sympy.Basic, Interval | Possible] = {}
+        for expr, (low, high) in intervals.items():
+            finite = not isinstance(expr, Load)
+            first = _double(low)
+            interval = Interval(first, first if high is low else _double(high), is_finite=finite)
+            self.done[expr] = interval if finite else _without_nan(interval)
+
+    def visit(self, expr: sympy.Basic) -> Interval | Possible:
+        found = self.done.get(expr)
+        if found is None:
+            found = self.done[expr] = self._compute(expr)
+        return found
+
+    def number(self, expr: sympy.Basic) -> Interval:
+        found = self.visit(expr)
+        if isinstance(found, Interval):
+            return found
+        return Interval(_as_number(found.every), _as_number(found.some))
+
+    def truth(self, expr: sympy.Basic) -> Possible:
+        found = self.visit(expr)
+        return found if isinstance(found, Possible) else _differ(found, Interval(0.0, 0.0))
+
+    def _compute(self, expr: sympy.Basic) -> Interval | Possible:
+        if expr in (sympy.true, sympy.false):
+            return Possible(bool(expr), bool(expr))
+        if expr.is_number:
+            value = float(expr)
+            # `evaluate` keeps whole numbers and short binary fractions exact
+            exact = math.isfinite(value) and (value * 1024).is_integer()
+            return Interval(value, value, exact, math.isfinite(value))
+        if isinstance(expr, Relational):
+            return self._relation(expr)
+        method = getattr(self, f"_compute_{type(expr).__name__}", None)
+        return _ANYTHING if method is None else method(expr)
+
+    def _relation(self, expr: Relational) -> Possible:
+        left, right = (self.number(side) for side in cleared(expr))
+        if expr.rel_op in (">", ">="):
+            left, right = right, left
+        if expr.rel_op in ("<", ">"):
+            return _less(left, right, strict=True)
+        if expr.rel_op in ("<=", ">="):
+            return _less(left, right, strict=False)
+        differ = _differ(left, right)
+        return differ if expr.rel_op == "!=" else Possible(_not(differ.every), _not(differ.some))
+
+    def _compute_And(self, expr: sympy.Basic) -> Possible:
+        parts = [self.truth(arg) for arg in sorted(expr.args, key=sympy.default_sort_key)]
+        return Possible(_all([p.some for p in parts]), _all([p.every for p in parts]))
+
+    def _compute_Or(self, expr: sympy.Basic) -> Possible:
+        parts = [self.truth(arg) for arg in sorted(expr.args, key=sympy.default_sort_key)]
+        return Possible(_any([p.some for p in parts]), _any([p.every for p in parts]))
+
+    def _compute_Not(self, expr: sympy.Basic) -> Possible:
+        part = self.truth(expr.args[0])
+        return Possible(_not(part.every), _not(part.some))
+
+    def _compute_Xor(self, expr: sympy.Basic) -> Possible:
+        first, *others = (self.truth(arg) for arg in expr.args)
+        for other in others:
+            both = _all([first.every, other.every])
+            neither = _all([_not(first.some), _not(other.some)])
+            one = _all([first.every, _not(other.some)])
+            another = _all([_not(first.some), other.every])
+            first = Possible(_not(_any([both, neither])), _any([one, another]))
+        return first
+
+    def _compute_Add(self, expr: sympy.Add) -> Interval:
+        parts = [self.number(arg) for arg in expr.args]
+        low, high = _total([p.low for p in parts]), _total([p.high for p in parts])
+        return _checked(low, high, parts, has_load=expr.has(Load))
+
+    def _compute_Mul(self, expr: sympy.Mul) -> Interval:
+        factor, rest = expr.as_coeff_Mul()
+        total = self.number(factor) if factor != 1 else None
+        for arg in sympy.Mul.make_args(rest):
+            part = self.number(arg)
+            total = part if total is None else _product(total, part, expr.has(Load))
+        assert total is not None
+        return total
+
+    def _compute_Pow(self, expr: sympy.Pow) -> Interval:
+        base, power = self.number(expr.base), expr.exp
+        if not (power.is_Integer and power > 0):
+            return _ANYTHING
+        total = base
+        for _ in range(int(power) - 1):
+            total = _product(total, base, expr.has(Load))
+        return total
+
+    def _compute_floor(self, expr: sympy.Basic) -> Interval:
+        parts = whole_quotient(expr.args[0])
+        if parts is None or not (parts[1].is_Integer and parts[1].is_positive):
+            part = self.number(expr.args[0])
+            if not part.is_exact:
+                return _ANYTHING
+            return part._replace(low=_floor(part.low), high=_floor(part.high))
+        above, below = self.number(parts[0]), int(parts[1])
+        return above._replace(low=_floor(above.low / below), high=_floor(above.high / below))
+
+    def _compute_FloorDiv(self, expr: sympy.Basic) -> Interval:
+        return self._compute_floor(sympy.floor(expr.args[0] / expr.args[1], evaluate=False))
+
+    def _compute_Mod(self, expr: sympy.Basic) -> Interval:
+        value, modulus = self.number(expr.args[0]), expr.args[1]
+        if not (modulus.is_Integer and modulus.is_positive and value.is_exact):
+            return _ANYTHING
+        size = int(modulus)
+        first, last = _floor(value.low / size), _floor(value.high / size)
+        widest = size - 1 if expr.args[0].is_integer else size
+        if not _is_tensor(first) and not _is_tensor(last):
+            if first == last and value.is_finite:
+                return value._replace(low=value.low - size * first, high=value.high - size * last)
+            return value._replace(low=0.0, high=float(widest), is_finite=True)
+        # an infinite end makes NaN here, which equals nothing
+        together = first == last
+        low = torch.where(together, value.low - size * first, 0.0)
+        high = torch.where(together, value.high - size * last, float(widest))
+        return value._replace(low=low, high=high, is_finite=True)
+
+    def _compute_Abs(self, expr: sympy.Basic) -> Interval:
+        part = self.number(expr.args[0])
+        low = _larger(_larger(part.low, -part.high), 0.0)
+        return part._replace(low=low, high=_larger(-part.low, part.high))
+
+    def _compute_Max(self, expr: sympy.Basic) -> Interval:
+        return self._extreme(_larger, expr)
+
+    def _compute_Min(self, expr: sympy.Basic) -> Interval:
+        return self._extreme(_smaller, expr)
+
+    def _extreme(self, function: Callable[[Any, Any], Any], expr: sympy.Basic) -> Interval:
+        parts = [self.number(arg) for arg in expr.args]
+        low, high = parts[0].low, parts[0].high
+        for part in parts[1:]:
+            low, high = function(low, part.low), function(high, part.high)
+        exact = all(p.is_exact for p in parts)
+        return Interval(low, high, exact, all(p.is_finite for p in parts))
+
+    def _compute_Where(self, expr: sympy.Basic) -> Interval:
+        condition = self.truth(expr.args[0])
+        left, right = self.number(expr.args[1]), self.number(expr.args[2])
+        low = _pick(condition, left.low, right.low, _smaller(left.low, right.low))
+        high = _pick(condition, left.high, right.high, _larger(left.high, right.high))
+        exact = left.is_exact and right.is_exact
+        return Interval(low, high, exact, left.is_finite and right.is_finite)
+
+    def _compute_Truth(self, expr: sympy.Basic) -> Interval:
+        part = self.truth(expr.args[0])
+        return Interval(_as_number(part.every), _as_number(part.some))
+
+
+def _less(left: Interval, right: Interval, *, strict: bool) -> Possible:
+    if not (left.is_exact and right.is_exact):
+        slack = _slack(left, right)
+        # written so that a NaN leaves it possible and not certain
+        return Possible(_not(left.low - right.high > slack), right.low - left.high > slack)
+    if strict:
+        return Possible(_not(left.low >= right.high), left.high < right.low)
+    return Possible(_not(left.low > right.high), left.high <= right.low)
+
+
+def _differ(left: Interval, right: Interval) -> Possible:
+    if not (left.is_exact and right.is_exact):
+        slack = _slack(left, right)
+        apart = _any([left.low - right.high > slack, right.low - left.high > slack])
+        return Possible(True, apart)
+    apart = _any([left.low > right.high, right.low > left.high])
+    same = _all([left.low >= right.high, right.low >= left.high])
+    return Possible(_not(same), apart)
+
+
+def _slack(left: Interval, right: Interval) -> Any:
+    ends = [_larger(end, -end) for end in (left.low, left.high, right.low, right.high)]
+    return _SLACK * (1.0 + _total(ends))
+
+
+def _product(left: Interval, right: Interval, has_load: bool) -> Interval:
+    for number, part in ((left, right), (right, left)):
+        if not _is_tensor(number.low) and number.low == number.high and number.low != 0:
+            ends = part.low * number.low, part.high * number.low
+            low, high = ends if number.low > 0 else ends[::-1]
+            return _checked(low, high, (left, right), has_load=has_load)
+    ends = [a * b for a in (left.low, left.high) for b in (right.low, right.high)]
+    low = _smaller(_smaller(ends[0], ends[1]), _smaller(ends[2], ends[3]))
+    high = _larger(_larger(ends[0], ends[1]), _larger(ends[2], ends[3]))
+    return _checked(low, high, (left, right), has_load=has_load)
+
+
+def _checked(low: Any, high: Any, parts: Sequence[Interval], *, has_load: bool) -> Interval:
+    exact = all(part.is_exact for part in parts) and not has_load
+    total = Interval(low, high, exact, all(part.is_finite for part in parts))
+    return total if total.is_finite else _without_nan(total)
+
+
+def _without_nan(part: Interval) -> Interval:
+    """NaN (of the operand, or of infinity minus infinity) says nothing, so it becomes anything."""
+    low, high = part.low, part.high
+    if _is_tensor(low):
+        low = torch.where(low == low, low, -math.inf)
+    elif math.isnan(low):
+        low = -math.inf
+    if _is_tensor(high):
+        high = torch.where(high == high, high, math.inf)
+    elif math.isnan(high):
+        high = math.inf
+    return part._replace(low=low, high=high)
+
+
+def _is_tensor(value: Any) -> bool:
+    return not isinstance(value, (bool, int, float))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return torch.scalar_tensor(value, dtype=torch.float64)
+    return value.to(torch.float64) if _is_tensor(value) else float(value)
+
+
+def _as_number(truth: Any) -> Any:
+    return truth.to(torch.float64) if _is_tensor(truth) else float(truth)
+
+
+def _floor(value: Any) -> Any:
+    if _is_tensor(value):
+        return torch.floor(value)
+    return float(math.floor(value)) if math.isfinite(value) else value
+
+
+def _larger(left: Any, right: Any) -> Any:
+    return maximum(left, right, not _is_tensor(left), not _is_tensor(right))
+
+
+def _smaller(left: Any, right: Any) -> Any:
+    return minimum(left, right, not _is_tensor(left), not _is_tensor(right))
+
+
+def _not(truth: Any) -> Any:
+    return ~truth if _is_tensor(truth) else not truth
+
+
+def _total(values: Sequence[Any]) -> Any:
+    return functools.reduce(operator.add, values)
+
+
+def _all(truths: Sequence[Any]) -> Any:
+    return functools.reduce(operator.and_, truths)
+
+
+def _any(truths: Sequence[Any]) -> Any:
+    return functools.reduce(operator.or_, truths)
+
+
+def _pick(condition: Possible, left: Any, right: Any, either: Any) -> Any:
+    for decided, value in ((condition.every, left), (_not(condition.some), right)):
+        if _is_tensor(decided):
+            # torch.where would give two Python numbers the default dtype
+            if not _is_tensor(value):
+                value = torch.full_like(decided, value, dtype=torch.float64)
+            either = torch.where(decided, value, either)
+        elif decided:
+            return value
+    return either

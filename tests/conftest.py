@@ -1,0 +1,41 @@
+"""What every test gets: one seed, a fresh Dynamo, none of the user's settings."""
+
+import random
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+SEED = 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine that has none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSE_COMPILE_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Compiled code, reports and the recompilation limit do not outlive a test."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
