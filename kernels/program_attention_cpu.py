@@ -22,7 +22,7 @@ from sparse_compile.intervals import bounds, load_extrema
 from sparse_compile.ir import ScoreProgram
 
 BLOCK = 128  # queries and keys per block, where key ranges are cut
-TILE_NUMBERS = 1 << 22  # scores of a tile: 16 MB of float32, about a last-level cache
+TILE_NUMBERS = 1 << 21  # scores of a tile: 8 MB of float32, which stay in a last-level cache
 
 
 @functools.lru_cache(maxsize=4096)
@@ -323,20 +323,36 @@ def _sink(problem: _Problem, tile: _Tile) -> Tensor:
     return torch.as_tensor(value, dtype=problem.acc).to(problem.q.device)
 
 
-def _forward_tile(problem: _Problem, tile: _Tile) -> tuple[Tensor, Tensor]:
-    _, logits = problem.logits(tile)
+class _Softmax(NamedTuple):
+    """The rows of a tile; `weights / total` is the softmax."""
+
+    weights: Tensor  # [B, Hq, rows, keys], overwrites the logits
+    total: Tensor  # [B, Hq, rows, 1]; 1 for an empty row
+    lse: Tensor  # [B, Hq, rows, 1]; -inf for an empty row without a sink
+    sink: Tensor | None  # the sink's weight, to be divided by `total`, too
+    is_empty: Tensor
+
+
+def _softmax(problem: _Problem, tile: _Tile, logits: Tensor) -> _Softmax:
     top = logits.amax(-1, keepdim=True)
-    sink = None if problem.program.sink is None else _sink(problem, tile)
-    if sink is not None:
-        top = torch.maximum(top, sink)
+    logit = None if problem.program.sink is None else _sink(problem, tile)
+    if logit is not None:
+        top = torch.maximum(top, logit)
     is_empty = top == -math.inf
     top = top.masked_fill(is_empty, 0.0)
     weights = logits.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
+    sink = None if logit is None else (logit - top).exp()
     if sink is not None:
-        total = total + (sink - top).exp()
-    lse = (top + total.log()).squeeze(-1)
-    total = total.masked_fill(is_empty, 1.0)
+        total = total + sink
+    lse = top + total.log()
+    return _Softmax(weights, total.masked_fill(is_empty, 1.0), lse, sink, is_empty)
+
+
+def _forward_tile(problem: _Problem, tile: _Tile) -> tuple[Tensor, Tensor]:
+    _, logits = problem.logits(tile)
+    weights, total, lse, _, is_empty = _softmax(problem, tile, logits)
+    lse = lse.squeeze(-1)
     factor = problem.weight(tile)
     values = problem.v[:, :, tile.first : tile.last]
     if factor is not None:
@@ -373,7 +389,11 @@ def backward(
     seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of `q`, `k`, `v` and of the wanted operands, from recomputed weights."""
+    """The gradients of `q`, `k`, `v` and of the wanted operands.
+
+    A tile holds whole rows, so their softmax is computed again; `lse` is for kernels whose tiles
+    do not.
+    """
     problem = _Problem(q, k, v, operands, program, dropout_p, seed)
     acc = problem.acc
     chosen = {i: operand for i, operand in enumerate(operands) if wanted[i]}
@@ -385,9 +405,7 @@ def backward(
     if problem.keys:
         for tile in problem.tiles():
             rows = slice(tile.start, tile.stop)
-            _backward_tile(
-                problem, tile, grad_out[:, :, rows].to(acc), lse[:, :, rows, None], total, parts
-            )
+            _backward_tile(problem, tile, grad_out[:, :, rows].to(acc), total, parts)
     total.q.mul_(problem.program.scale)
     grads = zip((q, k, v, *chosen.values()), (*total[:3], *total.operands.values()), strict=True)
     return [grad.to(tensor.dtype) for tensor, grad in grads]
@@ -397,7 +415,6 @@ def _backward_tile(
     problem: _Problem,
     tile: _Tile,
     grad_out: Tensor,  # [B, Hq, rows, Dv]
-    lse: Tensor,  # [B, Hq, rows, 1]
     total: _Gradients,
     parts: dict[int, tuple[_Part, ...]],
 ) -> None:
@@ -408,8 +425,8 @@ def _backward_tile(
     """
     columns = slice(tile.first, tile.last)
     scores, logits = problem.logits(tile)
-    is_empty = lse == -math.inf
-    weights = (logits - lse.masked_fill(is_empty, 0.0)).exp_()
+    rows_softmax = _softmax(problem, tile, logits)
+    weights, is_empty = rows_softmax.weights.div_(rows_softmax.total), rows_softmax.is_empty
     out_rows = problem.grouped(grad_out)
     grad_weights = problem.by_head(out_rows @ problem.v[:, :, columns].transpose(-1, -2))
     factor = problem.weight(tile)
@@ -436,8 +453,8 @@ def _backward_tile(
                 upstream = used * grad_reweighted
                 upstream = upstream if survivors is None else upstream * survivors
             else:
-                upstream = -mean * (_sink(problem, tile) - lse).exp()
-                upstream = upstream.masked_fill(is_empty, 0.0)
+                assert rows_softmax.sink is not None
+                upstream = -mean * rows_softmax.sink / rows_softmax.total
             problem.scatter(total.operands[number], part, tile, upstream, scores)
     slope = _score_slope(problem.text)
     grad_scores = grad_logits

@@ -27,10 +27,17 @@ class Anchor:
     sink: sympy.Expr | None = None  # a constant logit in the denominator
     safe: bool = False  # rows without any key give zeros
     keep: fx.Node | None = None  # exp(logits) was multiplied by this 0/1 mask
+    divided: fx.Node | None = None  # where the division comes after the product with V: its node
 
 
 def find_anchors(graph: fx.Graph) -> Iterator[Anchor]:
-    """All softmaxes in the order of the graph."""
+    """All softmaxes, one that is only a part of another one left out."""
+    found = list(_softmaxes(graph))
+    inner = {node for anchor in found for node in anchor.inner}
+    return (anchor for anchor in found if anchor.weights not in inner)
+
+
+def _softmaxes(graph: fx.Graph) -> Iterator[Anchor]:
     for node in graph.nodes:
         name = voc.op_name(node)
         if name in SOFTMAX and voc.is_tensor(node.args[0]):
@@ -68,7 +75,7 @@ def _exp_of_log_softmax(node: fx.Node) -> Iterator[Anchor]:
 
 
 def _normalised_exp(node: fx.Node) -> Iterator[Anchor]:
-    """`e / e.sum(dim, keepdim=True)` with `e = exp(x)`, maybe masked, maybe plus a constant."""
+    """`e / e.sum(dim)` with `e = exp(x)`, maybe masked; also `(e @ v) / e.sum(dim)`."""
     numerator, denominator = node.args[0], node.args[1]
     if not voc.is_tensor(numerator) or not isinstance(denominator, fx.Node):
         return
@@ -79,31 +86,78 @@ def _normalised_exp(node: fx.Node) -> Iterator[Anchor]:
             return
         between.append(denominator)
         denominator = denominator.args[0]  # type: ignore[assignment]
-    addend: sympy.Expr | None = None
-    total, skipped = _strip(denominator, ("unsqueeze", "clamp", "clamp_min", "expand", "expand_as"))
-    between.extend(skipped)
-    if voc.op_name(total) == "add" and (addend := voc.number(total.args[1])) is not None:
-        between.append(total)
-        total, skipped = _strip(total.args[0], ("unsqueeze",))  # type: ignore[arg-type]
-        between.extend(skipped)
-    if voc.op_name(total) != "sum" or total.args[0] is not numerator:
+    total, addend = _sum_and_addend(denominator, between)
+    if total is None or not voc.is_tensor(total.args[0]):
         return
+    weights = total.args[0]
+    assert isinstance(weights, fx.Node)
+    exp, keep = _unmasked(weights)
     dim = _single_dim(total)
-    exp, keep = _unmasked(numerator)
-    if dim is None or voc.op_name(exp) != "exp" or not _keeps_place(denominator, node, dim):
+    if dim is None or (voc.op_name(exp) != "exp" and voc.op_name(exp) not in SOFTMAX):
         return
+    divided = None
+    if weights is not numerator:
+        product = voc.contraction(numerator)
+        if product is None or weights not in (product.left, product.right):
+            return
+        divided = node
+    elif not _keeps_place(denominator, node, dim):
+        return
+    logits, sink = _logits_and_sink(exp, addend)
+    if logits is None:
+        return
+    inner = {exp, total, numerator, *between} - {node}
+    yield Anchor(
+        weights if divided is not None else node, logits, dim, frozenset(inner), sink,
+        keep=keep, divided=divided,
+    )  # fmt: skip
+
+
+def _sum_and_addend(
+    denominator: fx.Node, between: list[fx.Node]
+) -> tuple[fx.Node | None, object | None]:
+    """Read a denominator as a sum over keys plus, maybe, something that has no keys."""
+    strippable = ("unsqueeze", "clamp", "clamp_min", "expand", "expand_as")
+    total, skipped = _strip(denominator, strippable)
+    between.extend(skipped)
+    addend: object | None = None
+    if voc.op_name(total) == "add" and total.kwargs.get("alpha", 1) == 1:
+        between.append(total)
+        pairs = ((total.args[0], total.args[1]), (total.args[1], total.args[0]))
+        for part, other in pairs:
+            if not isinstance(part, fx.Node):
+                continue
+            inner, skipped = _strip(part, ("unsqueeze",))
+            if voc.op_name(inner) == "sum":
+                between.extend(skipped)
+                total, addend = inner, other
+                break
+    return (total if voc.op_name(total) == "sum" else None), addend
+
+
+def _logits_and_sink(
+    exp: fx.Node, addend: object | None
+) -> tuple[fx.Node | None, sympy.Expr | None]:
+    """The logits behind an exponential, and the constant logit that an addend stands for."""
     logits = exp.args[0]
     assert isinstance(logits, fx.Node)
-    shifted = voc.op_name(logits) == "sub" and _is_max(logits.args[1])
-    sink: sympy.Expr | None = None
-    if addend is not None and not (shifted and addend <= EPSILON):
-        if shifted or addend <= 0:
-            return
-        sink = sympy.log(addend)
-    if any(user not in (node, total) for user in numerator.users):
-        return
-    inner = frozenset({numerator, exp, total, *between})
-    yield Anchor(node, logits, dim, inner, sink, keep=keep)
+    if addend is None:
+        return logits, None
+    if voc.op_name(exp) in SOFTMAX:
+        value = voc.number(addend)
+        return (logits, None) if value is not None and value <= EPSILON / 100 else (None, None)
+    shift = logits.args[1] if voc.op_name(logits) == "sub" else None
+    if isinstance(addend, fx.Node) and voc.op_name(addend) == "exp":
+        power = addend.args[0]
+        if isinstance(power, fx.Node) and voc.op_name(power) == "neg" and power.args[0] is shift:
+            return logits.args[0], sympy.Integer(0)  # type: ignore[return-value]
+        return None, None
+    value = voc.number(addend)
+    if value is None or value < 0:
+        return None, None
+    if _is_max(shift):
+        return (logits, None) if value <= EPSILON else (None, None)
+    return logits, (sympy.log(value) if value > 0 else None)
 
 
 def _unmasked(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -44,7 +44,7 @@ def interval(expr: sympy.Expr, ranges: Ranges) -> Interval:
         return expr, expr
     if isinstance(expr, sympy.Symbol):
         if expr in ranges:
-            return sympy.Integer(0), ranges[expr] - 1
+            return sympy.Integer(0), sympy.sympify(ranges[expr]) - 1
         return expr, expr  # a size: known to itself
     if isinstance(expr, sympy.Add):
         low, high = zip(*(interval(term, ranges) for term in expr.args), strict=True)

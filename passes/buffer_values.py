@@ -43,6 +43,8 @@ def recognise(tensor: torch.Tensor, sizes: Sequence[int]) -> BufferValue:
     """
     sizes = tuple(sizes)
     unknown = BufferValue(None, sizes)
+    if type(tensor) is not torch.Tensor:  # fakes and subclasses have no contents to look at
+        return unknown
     if tensor.requires_grad or tensor.dtype.is_complex or tensor.is_quantized or 0 in sizes:
         return unknown
     with torch.no_grad():
@@ -122,6 +124,8 @@ def _ramp(core: torch.Tensor) -> tuple[sympy.Expr, sympy.Expr] | None:
     if start is None or following is None or not (start.is_Integer and following.is_Integer):
         return None
     step = following - start
+    if max(abs(start), abs(step)) * len(core) > 2**52:
+        return None  # doubles would not tell such numbers apart
     positions = torch.arange(len(core), dtype=torch.float64, device=core.device)
     if not torch.equal(positions * int(step) + int(start), core.double()):
         return None

@@ -7,8 +7,8 @@ declined with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -29,7 +29,8 @@ from sparse_compile.passes.axes import (
     unify,
 )
 from sparse_compile.passes.candidates import Candidate, Declined, NotASite, Step, Tensor
-from sparse_compile.passes.score_walk import score_paths, scalar
+from sparse_compile.passes.mutation import storage_root
+from sparse_compile.passes.score_walk import ScorePath, scalar, score_paths
 from sparse_compile.passes.shadow import Shadow
 from sparse_compile.passes.shapes import expression, shape_of
 
@@ -48,13 +49,11 @@ def find_candidates(shadow: Shadow) -> list[Found]:
     found: list[Found] = []
     for anchor in find_anchors(shadow.graph):
         try:
-            candidate = _read(anchor, shadow)
+            found.extend(Found(anchor.weights, candidate) for candidate in _read(anchor, shadow))
         except NotASite:
             continue
         except Declined as declined:
             found.append(Found(anchor.weights, reason=declined.reason))
-        else:
-            found.append(Found(anchor.weights, candidate))
     for node in shadow.graph.nodes:
         if voc.op_name(node) == FUSED:
             found.append(_read_fused_or_decline(node))
@@ -74,7 +73,8 @@ def _opaque_attention(node: fx.Node, shadow: Shadow) -> Reason | None:
     return None
 
 
-def _read(anchor: Anchor, shadow: Shadow) -> Candidate:
+def _read(anchor: Anchor, shadow: Shadow) -> list[Candidate]:
+    """The attentions of one softmax: one for every product of its weights with a V."""
     shape = shape_of(anchor.weights)
     layout: Layout = tuple(
         new_axes(size, "s" if i == anchor.dim else "") for i, size in enumerate(shape)
@@ -82,7 +82,7 @@ def _read(anchor: Anchor, shadow: Shadow) -> Candidate:
     keys = layout[anchor.dim]
     if not keys:
         raise NotASite
-    ahead = _ahead(anchor.weights, layout, keys)
+    ways = _ways_ahead(anchor, layout, keys)
     paths = score_paths(anchor.logits, layout, keys)
     paths = [path for path in paths if not _is_linear_map(path.q, path.k, shadow)]
     if not paths:
@@ -92,14 +92,25 @@ def _read(anchor: Anchor, shadow: Shadow) -> Candidate:
                 "the scores come from a product that no layout over query and key axes describes",
             )
         raise NotASite
+    path = max(paths, key=lambda p: p.coverage)
+    return [_candidate(anchor, shadow, layout, path, ahead) for ahead in ways]
+
+
+def _candidate(
+    anchor: Anchor, shadow: Shadow, layout: Layout, path: ScorePath, ahead: _Ahead
+) -> Candidate:
+    """Join the way back and the way ahead of a softmax.
+
+    Raises:
+        Declined: they do not fit together, or the attention is not closed in itself.
+    """
     if ahead.reason is not None:
         raise Declined(ahead.reason.code, ahead.reason.message)
-    path = max(paths, key=lambda p: p.coverage)
-    if any(step.kind == "sink" for step in path.steps) and not ahead.dropped_keys:
-        if resolve(keys) != resolve(path.keys):
-            raise Declined("sink-kept", "a concatenated logit is multiplied with a row of V")
+    has_sink = any(step.kind == "sink" and step.term is not None for step in path.steps)
+    if has_sink and not ahead.dropped_keys:
+        raise Declined("sink-kept", "a concatenated logit is multiplied with a row of V")
     if ahead.dropped_keys:
-        if not any(step.kind == "sink" for step in path.steps):
+        if not has_sink:
             raise Declined("keys-dropped", "attention weights are cut off before the product with V")
         unify(ahead.keys, path.keys)
     steps = path.steps
@@ -111,7 +122,9 @@ def _read(anchor: Anchor, shadow: Shadow) -> Candidate:
         steps = (*steps, Step("sink", anchor.weights, value=anchor.sink))
     score = tuple(path.keys if i == anchor.dim else dim for i, dim in enumerate(layout))
     region = path.region | anchor.inner | {anchor.weights} | ahead.region
-    _check_convex(shadow, region, [path.q.node, path.k.node, ahead.v.node, *_terms(steps)])
+    terms = [step.term for step in (*steps, *ahead.steps) if step.term is not None]
+    _check_convex(shadow, region, [path.q.node, path.k.node, ahead.v.node, *terms])
+    _check_untouched(shadow, region, ahead.out.node)
     return Candidate(
         anchor=anchor.weights,
         q=path.q,
@@ -145,61 +158,102 @@ class _Ahead:
     reason: Reason | None = None
 
 
-def _ahead(weights: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> _Ahead:
-    """Walk forward from the weights.
+def _ways_ahead(anchor: Anchor, layout: Layout, keys: tuple[Axis, ...]) -> list[_Ahead]:
+    """Every way from the weights to a product with a V.
 
     Raises:
         NotASite: the keys are never summed against another tensor.
         Declined: they are, but something in between cannot be replaced.
     """
-    node = weights
-    steps: list[Step] = []
-    region: list[fx.Node] = []
-    dropout_p = 0.0
-    dropped = nan_to_zero = False
-    reason: Reason | None = None
-    while True:
-        user = _next_user(node, layout, keys)
-        if reason is None and len(node.users) > 1:
-            reason = Reason(
+    start = _Way(anchor.weights, layout, keys)
+    pending, found = [start], []
+    while pending:
+        way = pending.pop()
+        users = [user for user in way.node.users if user not in anchor.inner]
+        users = users if anchor.divided is None or way is not start else list(way.node.users)
+        forward = [u for u in users if _reaches_sum(u, way.node, way.layout, way.keys, 12)]
+        if not forward and way is start:
+            raise NotASite
+        others = [u for u in users if u not in forward]
+        if others and not (anchor.divided is not None and set(others) <= anchor.inner):
+            way.reason = Reason(
                 code="weights-escape",
                 message="the attention weights are used for something else than the product with V",
             )
-        product = voc.contraction(user)
-        if product is not None and node in (product.left, product.right):
-            break
-        if voc.op_name(user) == "mul" and (product := _later_sum(user)) is not None:
-            user = product.node
-            break
-        name = voc.plain_name(user)
-        try:
-            after = voc.follow_view(user, layout)
-        except AxisMismatch:
-            raise Declined("weights-reshaped", "a view mixes keys and queries") from None
-        if after is not None:
-            layout = after
-        elif name in ("dropout", "native_dropout", "alpha_dropout"):
-            dropout_p = _dropout(user, dropout_p)
-        elif name == "nan_to_num":
-            nan_to_zero = True
-        elif name in ("slice", "narrow"):
-            layout, keys = _cut_keys(user, node, layout, keys)
-            dropped = True
-        elif getattr(user.target, "__name__", "") == "getitem":
-            pass  # the first result of native_dropout
-        else:
-            steps.append(_post_step(user, node, layout))
-        region.append(user)
-        node = user
+        for user in forward:
+            step = way.fork()
+            end = _advance(step, user, anchor)
+            if end is None:
+                pending.append(step)
+            else:
+                found.append(end)
+    if not found:
+        raise NotASite
+    return found
+
+
+@dataclass
+class _Way:
+    """A walk forward from the weights."""
+
+    node: fx.Node
+    layout: Layout
+    keys: tuple[Axis, ...]
+    steps: tuple[Step, ...] = ()
+    region: tuple[fx.Node, ...] = ()
+    dropout_p: float = 0.0
+    dropped_keys: bool = False
+    nan_to_zero: bool = False
+    reason: Reason | None = None
+
+    def fork(self) -> _Way:
+        return replace(self)
+
+
+def _advance(way: _Way, user: fx.Node, anchor: Anchor) -> _Ahead | None:
+    """Take one step to `user`; the finished way where that is the product with V."""
+    product = voc.contraction(user)
+    if product is not None and way.node in (product.left, product.right):
+        return _finished(way, product, anchor)
+    if voc.op_name(user) == "mul" and (product := _later_sum(user)) is not None:
+        way.region = (*way.region, user)
+        return _finished(way, product, anchor)
+    name = voc.plain_name(user)
     try:
-        other, out_layout = product.layouts_from_operand(node, layout)
+        after = voc.follow_view(user, way.layout)
+    except AxisMismatch:
+        raise Declined("weights-reshaped", "a view mixes keys and queries") from None
+    if after is not None:
+        way.layout = after
+    elif name in ("dropout", "native_dropout"):
+        way.dropout_p = _dropout(user, way.dropout_p)
+    elif name == "nan_to_num":
+        way.nan_to_zero = True
+    elif name in ("slice", "narrow"):
+        way.layout, way.keys = _cut_keys(user, way.node, way.layout, way.keys)
+        way.dropped_keys = True
+    elif getattr(user.target, "__name__", "") != "getitem":  # that is native_dropout's result
+        way.steps = (*way.steps, _post_step(user, way.node, way.layout))
+    way.region = (*way.region, user)
+    way.node = user
+    return None
+
+
+def _finished(way: _Way, product: voc.Contraction, anchor: Anchor) -> _Ahead:
+    """The product with V, and behind it a division that was put off."""
+    try:
+        other, layout = product.layouts_from_operand(way.node, way.layout)
     except (AxisMismatch, KeyError):
         raise Declined("layout", "the product with V has a layout that is not understood") from None
-    v_node = product.right if node is product.left else product.left
-    region.append(user)
+    v = product.right if way.node is product.left else product.left
+    out, region, reason = product.node, (*way.region, product.node), way.reason
+    if anchor.divided is not None:
+        if list(out.users) != [anchor.divided] or shape_of(anchor.divided) != shape_of(out):
+            reason = Reason(code="division", message="the sum of weights divides something else")
+        out, region = anchor.divided, (*region, anchor.divided)
     return _Ahead(
-        Tensor(v_node, other), Tensor(user, out_layout), keys, tuple(steps), dropout_p,
-        frozenset(region), dropped, nan_to_zero, reason,
+        Tensor(v, other), Tensor(out, layout), way.keys, way.steps, way.dropout_p,
+        frozenset(region), way.dropped_keys, way.nan_to_zero, reason,
     )  # fmt: skip
 
 
@@ -207,14 +261,6 @@ def _later_sum(node: fx.Node) -> voc.Contraction | None:
     """A product whose only user sums it."""
     users = list(node.users)
     return voc.contraction(users[0]) if len(users) == 1 and voc.op_name(users[0]) == "sum" else None
-
-
-def _next_user(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> fx.Node:
-    """The user that leads to a sum over the keys; views and elementwise operators are looked through."""
-    for user in node.users:
-        if _reaches_sum(user, node, layout, keys, 12):
-            return user
-    raise NotASite
 
 
 def _reaches_sum(
@@ -302,10 +348,6 @@ def _post_step(user: fx.Node, node: fx.Node, layout: Layout) -> Step:
     raise Declined("weights-op", f"{voc.op_name(user)} changes the attention weights after softmax")
 
 
-def _terms(steps: tuple[Step, ...]) -> Iterator[fx.Node]:
-    return (step.term for step in steps if step.term is not None)
-
-
 def _check_convex(shadow: Shadow, region: frozenset[fx.Node], inputs: Collection[fx.Node]) -> None:
     """Decline when an input of the attention is computed from its own inside.
 
@@ -324,6 +366,18 @@ def _check_convex(shadow: Shadow, region: frozenset[fx.Node], inputs: Collection
             raise Declined("not-convex", "an input of the attention depends on its own scores")
         seen.add(node)
         pending.extend(node.all_input_nodes)
+
+
+def _check_untouched(shadow: Shadow, region: frozenset[fx.Node], out: fx.Node) -> None:
+    """Decline when something else writes into the scores or weights before the attention ends.
+
+    Raises:
+        Declined: a view of them is written into.
+    """
+    for node in region:
+        for write in shadow.writes.get(storage_root(node), ()):
+            if write not in region and shadow.positions[write] < shadow.positions[out]:
+                raise Declined("overwritten", f"a part of {node.name} is assigned in place")
 
 
 def _looks_like_scores(logits: fx.Node) -> bool:

@@ -29,6 +29,7 @@ MAX_STEPS = 5000
 MAX_DEPTH = 120
 
 Index = tuple[sympy.Expr, ...]
+_Memo = dict[tuple[fx.Node, Index], sympy.Basic]
 Rule = Callable[["ElementEvaluator", fx.Node, Index, Arguments], sympy.Basic]
 
 RULES: Mapping[str, Rule] = {**element_layout.RULES, **element_rules.RULES}
@@ -64,19 +65,30 @@ class ElementEvaluator:
         """An evaluator that has seen nothing yet."""
         self.operands: list[fx.Node] = []
         self.value_guards: list[fx.Node] = []
-        self.ranges: dict[sympy.Symbol, sympy.Expr] = dict(ranges or {})
+        self.ranges: dict[sympy.Symbol, sympy.Expr] = {}  # of the element that is asked for
         self.exactness = ExactnessOf(self.is_leaf)
         self._constants = dict(constants or {})
         self._frozen = frozenset(frozen)
-        self._memo: dict[tuple[fx.Node, Index], sympy.Basic] = {}
+        self._given_ranges = dict(ranges or {})
+        self._dummy_ranges: dict[sympy.Symbol, sympy.Expr] = {}
+        # what was concluded for some ranges need not hold for others
+        self._memos: dict[frozenset[Any], _Memo] = {}
+        self._memo: _Memo = {}
         self._shapes: dict[fx.Node, tuple[sympy.Expr, ...]] = {}
         self._values: dict[fx.Node, BufferValue] = {}
         self._dummies: dict[tuple[fx.Node, int], sympy.Symbol] = {}
         self._steps = 0
         self._depth = 0
 
-    def element(self, node: fx.Node, index: Sequence[sympy.Expr]) -> sympy.Basic:
+    def element(
+        self, node: fx.Node, index: Sequence[sympy.Expr], ranges: bounds.Ranges | None = None
+    ) -> sympy.Basic:
         """`node[index]` as a formula over the symbols of `index`, loads and sizes.
+
+        Args:
+            node: A tensor of the shadow.
+            index: One expression per dimension.
+            ranges: Sizes of the symbols, where the index does not tell: `b * H + h`.
 
         Raises:
             Unproven: The node is no tensor, or the formula would be too long.
@@ -87,19 +99,14 @@ class ElementEvaluator:
         shape = self.shape(node)
         if len(shape) != len(index):
             raise Unproven("rank", f"{node.name} has {len(shape)} dimensions, not {len(index)}")
+        here = {**self._given_ranges, **(ranges or {})}
         for position, size in zip(index, shape, strict=True):
             if isinstance(position, sympy.Symbol) and size != 1:
-                self._bound(position, size)
+                here.setdefault(position, size)
+        self._memo = self._memos.setdefault(frozenset(here.items()), {})
+        self.ranges = {**self._dummy_ranges, **here}
         self._steps = self._depth = 0
         return self.at(node, tuple(sympy.sympify(position) for position in index))
-
-    def _bound(self, symbol: sympy.Symbol, size: sympy.Expr) -> None:
-        known = self.ranges.get(symbol)
-        if known is None:
-            self.ranges[symbol] = size
-        elif known != size:  # what was concluded from the old range need not hold any more
-            self.ranges[symbol] = sympy.Max(known, size)
-            self._memo.clear()
 
     def at(self, node: fx.Node, index: Index) -> sympy.Basic:
         """`node[index]` for rules; an index along a dimension of size 1 is taken as 0."""
@@ -220,7 +227,7 @@ class ElementEvaluator:
         if (node, dim) not in self._dummies:
             symbol = sympy.Dummy("j", integer=True, nonnegative=True)
             self._dummies[node, dim] = symbol
-            self.ranges[symbol] = size
+            self._dummy_ranges[symbol] = self.ranges[symbol] = size
         return self._dummies[node, dim]
 
     def is_exact(self, argument: Any, least: Exactness) -> bool:

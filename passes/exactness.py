@@ -39,6 +39,7 @@ masked_fill constant_pad_nd pad embedding amax amin"""
 _CAST_NAMES = "to _to_copy type_as copy float double half bfloat16"
 _FILLED_NAMES = """full full_like new_full fill zeros zeros_like new_zeros zero ones ones_like
 new_ones scalar_tensor eye"""
+_SUM_NAMES = "sum cumsum diff"
 _ROUNDING_NAMES = "floor ceil trunc round"
 
 
@@ -49,6 +50,7 @@ def _aten(names: str) -> frozenset[str]:
 _SAME = _aten(_SAME_NAMES) | {"getitem"}
 _CAST = _aten(_CAST_NAMES) | {"prims::convert_element_type"}
 _FILLED = _aten(_FILLED_NAMES)
+_SUMS = _aten(_SUM_NAMES)
 _ROUNDING = _aten(_ROUNDING_NAMES)
 _INDEX_ARGUMENTS = frozenset(("indices", "index", "condition", "mask", "dim", "size", "shape"))
 
@@ -105,6 +107,10 @@ class ExactnessOf:
             if not whole:
                 return Exactness.ROUNDED
             return Exactness.HALF_INTEGER if value.dtype in _HALF else Exactness.INTEGER
+        if name in _SUMS and value.dtype not in _HALF:
+            terms = [arguments.get(key) for key in ("self", "prepend", "append")]
+            whole = all(self(term) == Exactness.INTEGER for term in terms)
+            return Exactness.INTEGER if whole else Exactness.ROUNDED
         return self._arithmetic(name, arguments, value)
 
     def _kept(self, item: Any, dtype: torch.dtype) -> Exactness:

@@ -136,9 +136,7 @@ class _Buffers:
         sources = []
         for number, value in enumerate(values):
             example = _example(self.proxies[number])
-            if self.site.device.type == "cpu" and not all(
-                isinstance(n, int) for n in example.shape
-            ):
+            if self.site.is_limited and not all(isinstance(n, int) for n in example.shape):
                 raise NotImplementedError(
                     "Inductor's flex_attention for the CPU names the symbolic sizes of captured "
                     "tensors wrongly, so that its C++ code does not compile (torch 2.13)"
@@ -206,6 +204,7 @@ class _Site:
     ) -> None:
         example = qkv[0].meta["example_value"]
         self.gm, self.program, self.device = gm, program, example.device
+        self.is_limited = _has_cpu_template(example.device)
         self.recorder = _Recorder(gm, example.fake_mode)
         self.q, self.k, self.v = (self.proxy(node) for node in qkv)
         self.nodes = tuple(operands)
@@ -251,7 +250,6 @@ class _Site:
         program = self.program
         score, score_buffers = self._score_mod()
         mask, mask_buffers = self._mask_mod()
-        has_stats = self.device.type != "cpu"
         results = self.recorder.create_proxy(
             "call_function",
             torch.ops.higher_order.flex_attention,
@@ -262,7 +260,7 @@ class _Site:
                 score,
                 self._block_mask(mask, shared),
                 float(program.scale),
-                _kernel_options(has_stats),
+                _kernel_options(not self.is_limited),
                 score_buffers,
                 mask_buffers,
             ),
@@ -271,7 +269,7 @@ class _Site:
         out = results[0]
         if program.sink is None and (not may_be_empty or program.empty_rows == "zero"):
             return out
-        if not has_stats:
+        if self.is_limited:
             raise NotImplementedError("flex_attention returns no log-sum-exp on the CPU")
         lse = results[1] * math.log(2.0)
         if program.sink is not None:
@@ -390,6 +388,11 @@ class _Site:
             return math.nan
         group = _example(self.q).shape[1] // _example(self.k).shape[1]
         return self.v.mean(2, keepdim=True).repeat_interleave(group, 1)
+
+
+def _has_cpu_template(device: torch.device) -> bool:
+    """Whether Inductor lowers to its C++ template, which returns no log-sum-exp."""
+    return device.type == "cpu"
 
 
 class _Slot:

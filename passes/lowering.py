@@ -44,6 +44,8 @@ def lower(emitter: Emitter, proven: Proven, plan: KernelPlan) -> fx.Node:
     for factor in proven.v_factors:
         v = _scaled(emitter, v, factor, (roles.batch, roles.kv_heads, roles.keys, ()))
     out = _KERNELS[plan.kernel](emitter, proven, plan, q, k, v)
+    if proven.absorbed:
+        out = _with_absorbed_gradient(emitter, proven, q, k, v, out)
     for factor in proven.out_factors:
         out = _scaled(emitter, out, factor, (roles.batch, roles.query_heads, roles.queries, ()))
     wanted = candidate.out.node.meta["val"].dtype
@@ -228,42 +230,81 @@ def _repeat_heads(
     return emitter.arrange(node, layout, order, whole=[True] * 4)
 
 
+class _Formulas:
+    """Writes a site's predicate and bias as tensors over [B, H, T, S], broadcastable."""
+
+    def __init__(self, emitter: Emitter, proven: Proven, device: torch.device) -> None:
+        self.emitter = emitter
+        self.program, refs = closed_program(proven)
+        self.bias = self.program.score - ex.x
+        self.env: dict[sympy.Basic, fx.Node] = {}
+        for axis, (symbol, size) in enumerate(proven.roles.sizes().items()):
+            if self.bias.has(symbol) or self.program.keep.has(symbol):
+                shape = [-1 if axis == i else 1 for i in range(4)]
+                index = emitter.call(torch.arange, emitter.size(size), device=device)
+                self.env[symbol] = emitter.method("reshape", index, shape)
+        self.operands = [operand_node(emitter, proven, ref, device) for ref in refs]
+        for load in {*self.bias.atoms(Load), *self.program.keep.atoms(Load)}:
+            if refs[int(load.args[0])].layout is not None:
+                self.env[load] = self.operands[int(load.args[0])]
+
+    def value(self, expr: sympy.Basic, dtype: torch.dtype) -> fx.Node:
+        """The node of an expression."""
+
+        def function(*proxies: Any) -> Any:
+            given = dict(zip(self.env, proxies, strict=False))
+            tensors = [
+                OperandSource(proxy, node.meta["example_value"].dtype, _plain_shape(node))
+                for proxy, node in zip(proxies[len(self.env) :], self.operands, strict=True)
+            ]
+            return evaluate(expr, given, tensors, dtype=dtype)
+
+        return self.emitter.traced(function, *self.env.values(), *self.operands)
+
+    def row_has_key(self) -> fx.Node:
+        """Whether a row keeps a key, [B, H, T, 1]."""
+        keep = self.value(self.program.keep, torch.float32)
+        return self.emitter.method("any", keep, -1, keepdim=True)
+
+
 def _mask_tensor(emitter: Emitter, proven: Proven, q: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """A site's mask and bias as one tensor for fused attention, and which rows keep a key."""
     example = q.meta["example_value"]
-    program, refs = closed_program(proven)
-    bias = program.score - ex.x
-    env: dict[sympy.Basic, fx.Node] = {}
-    for axis, (symbol, size) in enumerate(proven.roles.sizes().items()):
-        if bias.has(symbol) or program.keep.has(symbol):
-            shape = [-1 if axis == i else 1 for i in range(4)]
-            index = emitter.call(torch.arange, emitter.size(size), device=example.device)
-            env[symbol] = emitter.method("reshape", index, shape)
-    operands = [operand_node(emitter, proven, ref, example.device) for ref in refs]
-    for load in {*bias.atoms(Load), *program.keep.atoms(Load)}:
-        if refs[int(load.args[0])].layout is not None:
-            env[load] = operands[int(load.args[0])]
-
-    def value_of(expr: sympy.Basic, node_dtype: torch.dtype) -> fx.Node:
-        def function(*proxies: Any) -> Any:
-            given = dict(zip(env, proxies, strict=False))
-            tensors = [
-                OperandSource(proxy, node.meta["example_value"].dtype, _plain_shape(node))
-                for proxy, node in zip(proxies[len(env) :], operands, strict=True)
-            ]
-            return evaluate(expr, given, tensors, dtype=node_dtype)
-
-        return emitter.traced(function, *env.values(), *operands)
-
+    formulas = _Formulas(emitter, proven, example.device)
+    program, bias = formulas.program, formulas.bias
     if program.keep is sympy.true:
-        return _cast(emitter, value_of(bias, example.dtype), example.dtype), None
-    keep = value_of(program.keep, torch.float32)
+        return _cast(emitter, formulas.value(bias, example.dtype), example.dtype), None
+    keep = formulas.value(program.keep, torch.float32)
     has_key = emitter.method("any", keep, -1, keepdim=True) if proven.may_be_empty else None
     if bias == 0:
         return keep, has_key
-    value = value_of(bias, example.dtype)
+    value = formulas.value(bias, example.dtype)
     mask = emitter.call(torch.where, keep, value, float("-inf"))
     return _cast(emitter, mask, example.dtype), has_key
+
+
+def _with_absorbed_gradient(
+    emitter: Emitter, proven: Proven, q: fx.Node, k: fx.Node, v: fx.Node, out: fx.Node
+) -> fx.Node:
+    """Give rows without a key the gradient that they have in the model.
+
+    A large negative number was added to all their scores: the sum has lost the scores, so that all
+    weights are 1/S, but its derivative has not. To first order in the scores x the row's output is
+    mean(v) + sum_s x_s (v_s - mean(v)) / S; the sum is added with value zero.
+    """
+    roles = proven.roles
+    example = q.meta["example_value"]
+    has_key = _Formulas(emitter, proven, example.device).row_has_key()
+    mean = emitter.method("mean", v, 2, keepdim=True)
+    centred = emitter.method("detach", emitter.call(torch.sub, v, mean))
+    moment = emitter.call(torch.matmul, emitter.method("transpose", k, 2, 3), centred)
+    if roles.group:
+        moment = _repeat_heads(emitter, proven, moment, roles.value, tokens=roles.head)
+    size = emitter.size(size_of(roles.keys))
+    factor = emitter.call(operator.truediv, proven.program.scale, size)
+    first_order = emitter.call(torch.mul, emitter.call(torch.matmul, q, moment), factor)
+    zero = emitter.call(torch.sub, first_order, emitter.method("detach", first_order))
+    return emitter.call(torch.add, out, emitter.call(torch.where, has_key, 0.0, zero))
 
 
 def _plain_shape(node: fx.Node) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class Proven:
     transforms: tuple[ir.ScoreTransform, ...]
     mask: ir.MaskProof
     may_be_empty: bool
+    absorbed: bool = False  # an added fill swallows empty rows' scores; their gradient passes it
     q_factors: tuple[Factor, ...] = ()
     v_factors: tuple[Factor, ...] = ()
     out_factors: tuple[Factor, ...] = ()
@@ -158,7 +159,7 @@ class _Builder:
             self.transforms.append(ir.Bias(value=bias, text=f"tensor {term.name}"))
             return
         if proof.keep is not sympy.true:
-            self._mask(proof.keep, sympy.Float(proof.fill), proof.absorbing)
+            self._mask(proof.keep, sympy.Float(proof.fill), absorbing=False)
         if proof.bias != 0:
             self.items.append(("bias", proof.bias))
             self.transforms.append(ir.Bias(value=proof.bias, text=_bias_text(proof.bias)))
@@ -262,12 +263,17 @@ class _Builder:
         self.transforms.append(ir.Sink(logit=self.sink))
 
 
-def prove(candidate: Candidate, evaluator: ElementEvaluator) -> Proven:
+def prove(
+    candidate: Candidate,
+    evaluator: ElementEvaluator,
+    differentiable: Collection[fx.Node] = frozenset(),
+) -> Proven:
     """Turn a candidate's steps into a program.
 
     Args:
         candidate: What detection found.
         evaluator: Of the candidate's shadow; shared by its sites, so that a mask is proven once.
+        differentiable: The shadow nodes that may need a gradient.
     Raises:
         Declined: A step has no place in a program, or cannot be replaced exactly.
     """
@@ -279,9 +285,11 @@ def prove(candidate: Candidate, evaluator: ElementEvaluator) -> Proven:
     builder.scale = candidate.factor * q.factor * k.factor
     if builder.scale != 1:
         builder.transforms.append(ir.Scale(factor=sympy.Float(float(builder.scale))))
-    for step in candidate.steps:
-        _apply(builder, step)
-    keep, score, empty_rows, may_be_empty = _assemble(builder, candidate)
+    for position, step in enumerate(candidate.steps):
+        if not _cancels(builder, step, candidate.steps[position + 1 :]):
+            _apply(builder, step)
+    needs_grad = bool({q.tensor.node, k.tensor.node} & differentiable)
+    keep, score, empty_rows, may_be_empty, absorbed = _assemble(builder, candidate, needs_grad)
     weight, v_factors, out_factors = _after_softmax(builder, candidate)
     keep_atoms = prove_mask.classify(keep, roles.sizes()) if keep is not sympy.true else ()
     if candidate.dropout_p:
@@ -305,9 +313,22 @@ def prove(candidate: Candidate, evaluator: ElementEvaluator) -> Proven:
         transforms=_readable(builder.transforms),
         mask=ir.MaskProof(atoms=keep_atoms, opaque=builder.opaque_mask),
         may_be_empty=may_be_empty,
+        absorbed=absorbed and needs_grad,
         q_factors=tuple(builder.q_factors),
         v_factors=tuple(v_factors),
         out_factors=tuple(out_factors),
+    )
+
+
+def _cancels(builder: _Builder, step: Step, later: Sequence[Step]) -> bool:
+    """Whether a step adds the same to all keys of a row, which softmax takes away again."""
+    keys = set(builder.roles.keys)
+    if step.kind not in ("add", "sub") or set(axes_of(step.layout)) & keys:
+        return False
+    return all(
+        other.kind in ("cast", "add", "sub", "fill")
+        or (other.kind in ("mul", "div") and not set(axes_of(other.layout)) & keys)
+        for other in later
     )
 
 
@@ -320,10 +341,8 @@ def _apply(builder: _Builder, step: Step) -> None:
         builder.multiply(step)
     elif step.kind in ("add", "sub"):
         sign = sympy.Integer(1 if step.kind == "add" else -1)
-        if step.term is None:
-            return  # the same number for every key: softmax cancels it
-        if not voc.is_tensor(step.term):
-            return
+        if step.term is None or not voc.is_tensor(step.term):
+            raise Declined("score-op", "a number is added to the scores before another function")
         builder.add(step.term, step.layout, sign * (step.value if step.value is not None else 1))
     elif step.kind == "fill":
         builder.fill(step)
@@ -338,9 +357,10 @@ def _apply(builder: _Builder, step: Step) -> None:
 
 
 def _assemble(
-    builder: _Builder, candidate: Candidate
-) -> tuple[sympy.Basic, sympy.Expr, ir.EmptyRows, bool]:
+    builder: _Builder, candidate: Candidate, needs_grad: bool
+) -> tuple[sympy.Basic, sympy.Expr, ir.EmptyRows, bool, bool]:
     """Fold the collected items into one score formula and one predicate."""
+    plain = all(kind in ("mask", "floor") for kind, _ in builder.items)
     masks = [item for kind, item in builder.items if kind == "mask"]
     keep = prove_mask.normalise(sympy.And(*(mask.keep for mask in masks)), builder.ranges)
     may_be_empty = keep is not sympy.true and prove_mask.row_may_be_empty(keep, builder.ranges)
@@ -375,7 +395,8 @@ def _assemble(
         empty = "uniform" if all(mask in finite for mask in masks) else "nan"
     elif may_be_empty and masks and all(mask in finite for mask in masks):
         empty = "uniform"
-    return keep, score, empty, may_be_empty
+    absorbed = may_be_empty and empty == "uniform" and not all(m.absorbing for m in masks)
+    return keep, score, empty, may_be_empty, absorbed
 
 
 def _after_softmax(
@@ -451,6 +472,9 @@ def _boolean(value: sympy.Basic) -> sympy.Basic:
     return sympy.Ne(value, 0)
 
 
+_MOVES = voc.RESHAPES | voc.SAME | voc.CASTS | {"slice", "expand", "select", "permute", "transpose"}
+
+
 def _may_mask(term: fx.Node) -> bool:
     """Whether a tensor that stays a bias may also mask keys: it has minus infinity in its making."""
     pending, seen = [term], set()
@@ -459,6 +483,8 @@ def _may_mask(term: fx.Node) -> bool:
         if node in seen:
             continue
         seen.add(node)
+        if node.op == "placeholder" and all(voc.op_name(n) in _MOVES for n in seen - {node}):
+            return True  # handed in by the caller
         if voc.plain_name(node) in ("where", "masked_fill", "full"):
             return True
         pending.extend(node.all_input_nodes)

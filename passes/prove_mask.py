@@ -33,6 +33,7 @@ __all__ = [
 
 DROP = -1e4  # added to a score: the key is dropped
 _FIXED = (sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)
+OUTWEIGHS = -1e8  # added to a score with its other biases: the key is dropped whatever they are
 SWALLOWS = -1e30  # added to a score in float32 or bfloat16: nothing of the score is left
 
 
@@ -125,8 +126,10 @@ def _leaf(value: sympy.Expr) -> _Leaf:
     if largest >= -DROP:  # a mask of numbers: 1e4 * m - 1e4
         fill = constant if constant <= DROP else -largest
         return _Leaf(sympy.Gt(value, DROP), value, float(fill), exact=False)
-    if constant <= DROP:
+    if constant <= OUTWEIGHS:
         return _Leaf(sympy.false, sympy.Integer(0), float(constant), exact=False)
+    if constant <= DROP:  # the rest may bring it back
+        return _Leaf(sympy.Gt(value, DROP), value, float(constant), exact=False)
     return _Leaf(sympy.true, value)
 
 
@@ -179,7 +182,7 @@ def _candidates(predicate: sympy.Basic, ranges: bounds.Ranges) -> list[sympy.Exp
     """Keys that a query is likely to read: itself, the first, the last."""
     found = [t, sympy.Integer(0)]
     if s in ranges:
-        found.append(ranges[s] - 1)
+        found.append(sympy.sympify(ranges[s]) - 1)
         if t in ranges:
             found.append(t + ranges[s] - ranges[t])
     for relation in predicate.atoms(sympy.Le, sympy.Eq):

@@ -150,6 +150,8 @@ def _previous(state: _State) -> Iterator[_State]:
         yield state.to(first, layout, Step("unary", node, name=name))  # type: ignore[arg-type]
     elif name == "cat":
         yield from _concatenated_sink(state)
+    elif name == "index_put":
+        yield from _assigned(state)
 
 
 def _operand_layout(state: _State, operand: fx.Node) -> Layout:
@@ -187,33 +189,9 @@ def _commutative(state: _State, kind: Any) -> Iterator[_State]:
 
 def _subtraction(state: _State) -> Iterator[_State]:
     node = state.node
-    scores, shift = node.args[0], node.args[1]
-    if voc.is_tensor(scores) and isinstance(shift, fx.Node) and _is_row_constant(shift, state):
-        yield state.to(scores, state.layout, Step("cast", node))  # type: ignore[arg-type]
-        return
-    if voc.is_tensor(shift) and node.kwargs.get("alpha", 1) == 1:
+    if voc.is_tensor(node.args[1]) and node.kwargs.get("alpha", 1) == 1:
         yield from _binary(state, "rsub", 1, 0)
     yield from _binary(state, "sub", 0, 1)
-
-
-def _is_row_constant(shift: fx.Node, state: _State) -> bool:
-    """Whether a subtrahend is the same for all keys of a row, so that softmax cancels it.
-
-    Only right after which nothing but casts follows, and for a maximum over the keys.
-    """
-    if any(step.kind not in ("cast", "sink") for step in state.steps):
-        return False
-    while voc.op_name(shift) in ("detach", "to", "_to_copy", "alias", "clone", "getitem") or (
-        getattr(shift.target, "__name__", "") == "getitem"
-    ):
-        shift = shift.args[0]  # type: ignore[assignment]
-    if voc.op_name(shift) not in ("amax", "max") or len(shift.args) < 2:
-        return False
-    dims = shift.args[1]
-    rank = len(state.layout)
-    dims = [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]  # type: ignore[operator]
-    keys = set(resolve(state.keys))
-    return any(set(resolve(state.layout[d])) & keys for d in dims) and len(dims) == 1
 
 
 def _masked_fill(state: _State) -> Iterator[_State]:
@@ -227,6 +205,24 @@ def _masked_fill(state: _State) -> Iterator[_State]:
         return
     step = Step("fill", state.node, mask, _operand_layout(state, mask), value=fill, keep_if=False)
     yield state.to(scores, _operand_layout(state, scores), step)
+
+
+def _assigned(state: _State) -> Iterator[_State]:
+    """`scores[:, :, mask] = value` with a Boolean mask."""
+    scores, indices, value = state.node.args[:3]
+    masks = [index for index in indices if index is not None]  # type: ignore[union-attr]
+    fill = scalar(value)
+    if len(masks) != 1 or indices[-1] is not masks[0] or fill is None:  # type: ignore[index]
+        return
+    (mask,) = masks
+    first = len(indices) - 1  # type: ignore[arg-type]
+    rank = mask.meta["val"].dim()
+    if mask.meta["val"].dtype != torch.bool or voc.argument(state.node, 3, "accumulate", False):
+        return
+    if first + rank != len(state.layout):
+        return
+    step = Step("fill", state.node, mask, state.layout[first:], value=fill, keep_if=False)
+    yield state.to(scores, state.layout, step)  # type: ignore[arg-type]
 
 
 def _where(state: _State) -> Iterator[_State]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from sparse_compile import _compat
 from sparse_compile.passes import fast_paths
-from sparse_compile.passes.mutation import opaque, writes
+from sparse_compile.passes.mutation import mutated_arguments, opaque, writes
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Shadow:
     positions: dict[fx.Node, int] = field(repr=False)  # position of every shadow node
     writes: dict[fx.Node, list[fx.Node]] = field(repr=False)  # storage -> in-place operators
     mode: Any = field(repr=False)  # the fake tensor mode of both graphs
+    differentiable: frozenset[fx.Node] = field(repr=False)  # nodes that may need a gradient
 
     def owner(self, node: fx.Node) -> fx.Node:
         """The Dynamo node during which a shadow node was traced."""
@@ -111,6 +112,8 @@ class _Recorder(fx.Interpreter):
         node = last.next
         while node.op != "root":
             node.meta["dynamo"] = n
+            for written in mutated_arguments(node):  # the Dynamo node of the tensor has the new value
+                self.values.extend((d, node) for d, s in self.values[::-1] if s is written)
             node = node.next
         if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat)):
             found = _compat.traced_node(value, self.tracer)
@@ -165,7 +168,7 @@ def build_shadow(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None
     ):
         node.meta["dynamo"] = dynamo
         origins.setdefault(node, dynamo)
-        if _is_known(value):
+        if _is_known(dynamo, value):
             constants[node] = value
     for node, value in constants.items():
         if value.numel() == 1:
@@ -176,18 +179,35 @@ def build_shadow(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None
         if isinstance(node.meta["dynamo"].meta.get("example_value"), torch.nn.Parameter)
     )
     positions = {node: position for position, node in enumerate(graph.nodes)}
-    return Shadow(graph, origins, aliases, constants, parameters, order, positions, writes(graph), mode)
+    return Shadow(
+        graph, origins, aliases, constants, parameters, order, positions, writes(graph), mode,
+        _differentiable(graph),
+    )  # fmt: skip
 
 
-def _is_known(value: Any) -> bool:
+def _is_known(dynamo: fx.Node, value: Any) -> bool:
     """Whether a backend input is a real tensor that lives longer than a call: a buffer."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return (
         isinstance(value, torch.Tensor)
-        and not isinstance(value, FakeTensor)
+        and not hasattr(value, "fake_mode")
         and not value.requires_grad
+        and _compat.is_module_state(dynamo)
     )
+
+
+def _differentiable(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Everything computed from an input that requires grad, in training."""
+    found: set[fx.Node] = set()
+    if not torch.is_grad_enabled():
+        return frozenset()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["dynamo"].meta.get("example_value")
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                found.add(node)
+        elif any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def is_impure(node: fx.Node) -> bool:

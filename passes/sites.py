@@ -18,7 +18,7 @@ from sparse_compile.passes.shadow import Shadow
 _ONE = sympy.Integer(1)
 
 
-def site_of(found: Found, name: str, source: str, proven: Proven | None = None) -> ir.AttentionSite:
+def site_of(found: Found, name: str, source: str, shadow: Shadow, proven: Proven | None = None) -> ir.AttentionSite:
     """Describe a site; without a proof only its place and the reason for declining are known."""
     value = found.anchor.meta.get("val")
     dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
@@ -54,7 +54,7 @@ def site_of(found: Found, name: str, source: str, proven: Proven | None = None) 
         softmax_dtype=candidate.softmax_dtype,
         dropout_p=candidate.dropout_p,
         kv_source=_kv_source(proven.k.tensor.node),
-        training=bool(out.requires_grad) or _needs_grad(proven),
+        training=candidate.out.node in shadow.differentiable,
     )
 
 
@@ -86,11 +86,6 @@ def _operand(ref: OperandRef, shadow: Shadow) -> ir.Operand:
         return ir.Operand(name=_name(ref.node, shadow), shape=(), dtype="float64")
     dtype = str(value.dtype).removeprefix("torch.")
     return ir.Operand(name=_name(ref.node, shadow), shape=tuple(map(str, value.shape)), dtype=dtype)
-
-
-def _needs_grad(proven: Proven) -> bool:
-    tensors = (proven.q.tensor.node, proven.k.tensor.node, proven.v.tensor.node)
-    return torch.is_grad_enabled() and any(node.meta["val"].requires_grad for node in tensors)
 
 
 def _kv_source(node: fx.Node) -> ir.KvSource:

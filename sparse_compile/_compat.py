@@ -98,6 +98,13 @@ def preserved_modes() -> Iterator[None]:
             torch.set_autocast_dtype(device, dtype)
 
 
+def is_module_state(node: fx.Node) -> bool:
+    """Whether a placeholder of a Dynamo graph is a buffer or tensor attribute of a module."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    owner = type(getattr(source, "base", None)).__name__
+    return owner in ("UnspecializedParamBufferSource", "UnspecializedNNModuleSource")
+
+
 def is_higher_order(target: Any) -> bool:
     """Whether an FX target is a higher-order operator (checkpoint, cond, flex_attention, ...)."""
     return isinstance(target, torch._ops.HigherOrderOperator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -72,17 +73,11 @@ def sparse_compile(
         DeclinedSiteError: with `strict`, a site was left as it was or a pass failed.
     """
     config, patches = _settings(mode, options)
-    original = fx.GraphModule(gm, copy_graph(gm.graph))
-    outcome = _rewrite(gm, example_inputs, config)
-    compiled = _compat.compile_with_inductor(gm, example_inputs, patches)
-    if not outcome.value_guards:
-        return compiled
-    return _guarded(
-        compiled,
-        example_inputs,
-        outcome.value_guards,
-        lambda args: _compat.compile_with_inductor(original, args, patches),
-    )
+
+    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _compat.compile_with_inductor(graph, inputs, patches)
+
+    return _compiled(gm, example_inputs, config, compile_graph)
 
 
 def rewrite_only(
@@ -94,8 +89,23 @@ def rewrite_only(
 ) -> Callable[..., Any]:
     """The same backend without Inductor: the rewritten graph runs operator by operator."""
     config, _ = _settings(mode, options)
-    _rewrite(gm, example_inputs, config)
-    return gm.forward
+    return _compiled(gm, example_inputs, config, lambda graph, inputs: graph.forward)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Rewrite a graph and compile it; guarded where a buffer's value was used in a proof."""
+    original = fx.GraphModule(gm, copy_graph(gm.graph))
+    outcome = _rewrite(gm, example_inputs, config)
+    compiled = compile_graph(gm, example_inputs)
+    if not outcome.value_guards:
+        return compiled
+    fallback = functools.partial(compile_graph, original)
+    return _guarded(compiled, example_inputs, outcome.value_guards, fallback)
 
 
 def _settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:

@@ -16,7 +16,7 @@ import sympy
 import torch
 from sympy.core.relational import Relational
 
-from sparse_compile.evaluation import Source, maximum, minimum, slice_of
+from sparse_compile.evaluation import Source, maximum, minimum, slice_of, source_of
 from sparse_compile.expressions import Load, cleared, whole_quotient
 
 _SLACK = 1e-5  # relative; `evaluate` rounds to float32, whose steps are 6e-8, a few times over
@@ -27,7 +27,8 @@ class Interval(NamedTuple):
 
     low: Any  # Python floats or float64 tensors
     high: Any
-    is_exact: bool = True  # `evaluate` computes the same numbers, without rounding
+    is_exact: bool = True  # `evaluate` finds numbers in it, not only up to rounding
+    is_whole: bool = True  # `evaluate` computes with whole numbers, so sums stay exact
     is_finite: bool = True
 
 
@@ -38,7 +39,7 @@ class Possible(NamedTuple):
     every: Any
 
 
-_ANYTHING = Interval(-math.inf, math.inf, is_exact=False, is_finite=False)
+_ANYTHING = Interval(-math.inf, math.inf, is_exact=False, is_whole=False, is_finite=False)
 
 
 def bounds(expr: sympy.Basic, intervals: Mapping[sympy.Basic, tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -50,8 +51,8 @@ def bounds(expr: sympy.Basic, intervals: Mapping[sympy.Basic, tuple[Any, Any]]) 
     Args:
         expr: A number or a Boolean over indices, sizes and loads.
         intervals: Lowest and highest value (both included; numbers or broadcastable tensors) of
-            each symbol, and of each `Load` that something is known about; other loads may be
-            anything. NaN as an end means the same.
+            each symbol, and of each `Load` that something is known about, as `load_extrema` gives
+            it; other loads may be anything. NaN as an end means the same.
     """
     expr = sympy.sympify(expr)
     known = {one: ends for one, ends in intervals.items() if expr.has(one)}
@@ -64,7 +65,7 @@ def load_extrema(
     blocks: Mapping[sympy.Symbol, tuple[Any, int]],
     lengths: Mapping[sympy.Symbol, Any],
     arange: Callable[[Any], Any],
-) -> tuple[Any, Any] | None:
+) -> Interval | None:
     """Least and greatest value that `load` reads for each block of its indices.
 
     Args:
@@ -75,8 +76,8 @@ def load_extrema(
         arange: Makes the numbers up to a length, where the operand is.
 
     Returns:
-        Two float64 tensors with one axis per symbol of `blocks` (of size 1 for a symbol that does
-        not occur), or None if the positions have another form.
+        Float64 tensors with one axis per symbol of `blocks` (of size 1 for a symbol that does not
+        occur), or None if the positions have another form.
     """
     ranges = {symbol: (0, length) for symbol, (length, _) in blocks.items()}
     part = slice_of(operand, load, ranges, lengths)
@@ -92,19 +93,24 @@ def load_extrema(
                 reduce(value.index_select(axis, position).unflatten(axis, (-1, size)), axis + 1)
                 for value, reduce in ((low, torch.amin), (high, torch.amax))
             )
-    return low, high
+    is_whole = not source_of(operand).dtype.is_floating_point
+    return Interval(low, high, True, is_whole, is_finite=is_whole)
 
 
 class _Bounds:
     """One call of `bounds`; remembers what it computed."""
 
-    def __init__(self, intervals: Mapping[sympy.Basic, tuple[Any, Any]]) -> None:
+    def __init__(self, intervals: Mapping[sympy.Basic, tuple[Any, Any] | Interval]) -> None:
         self.done: dict[sympy.Basic, Interval | Possible] = {}
-        for expr, (low, high) in intervals.items():
-            finite = not isinstance(expr, Load)
-            first = _double(low)
-            interval = Interval(first, first if high is low else _double(high), is_finite=finite)
-            self.done[expr] = interval if finite else _without_nan(interval)
+        for expr, ends in intervals.items():
+            low = _double(ends[0])
+            high = low if ends[1] is ends[0] else _double(ends[1])
+            if isinstance(ends, Interval):
+                found = ends._replace(low=low, high=high)
+            else:
+                is_index = not isinstance(expr, Load)
+                found = Interval(low, high, True, is_whole=is_index, is_finite=is_index)
+            self.done[expr] = found if found.is_finite else _without_nan(found)
 
     def visit(self, expr: sympy.Basic) -> Interval | Possible:
         found = self.done.get(expr)
@@ -127,9 +133,9 @@ class _Bounds:
             return Possible(bool(expr), bool(expr))
         if expr.is_number:
             value = float(expr)
-            # `evaluate` keeps whole numbers and short binary fractions exact
-            exact = math.isfinite(value) and (value * 1024).is_integer()
-            return Interval(value, value, exact, math.isfinite(value))
+            # `evaluate` compares with short binary fractions exactly
+            is_exact = math.isinf(value) or (value * 1024).is_integer()
+            return Interval(value, value, is_exact, bool(expr.is_Integer), math.isfinite(value))
         if isinstance(expr, Relational):
             return self._relation(expr)
         method = getattr(self, f"_compute_{type(expr).__name__}", None)
@@ -171,14 +177,14 @@ class _Bounds:
     def _compute_Add(self, expr: sympy.Add) -> Interval:
         parts = [self.number(arg) for arg in expr.args]
         low, high = _total([p.low for p in parts]), _total([p.high for p in parts])
-        return _checked(low, high, parts, has_load=expr.has(Load))
+        return _computed(low, high, parts)
 
     def _compute_Mul(self, expr: sympy.Mul) -> Interval:
         factor, rest = expr.as_coeff_Mul()
         total = self.number(factor) if factor != 1 else None
         for arg in sympy.Mul.make_args(rest):
             part = self.number(arg)
-            total = part if total is None else _product(total, part, expr.has(Load))
+            total = part if total is None else _product(total, part)
         assert total is not None
         return total
 
@@ -188,38 +194,36 @@ class _Bounds:
             return _ANYTHING
         total = base
         for _ in range(int(power) - 1):
-            total = _product(total, base, expr.has(Load))
+            total = _product(total, base)
         return total
 
     def _compute_floor(self, expr: sympy.Basic) -> Interval:
-        parts = whole_quotient(expr.args[0])
-        if parts is None or not (parts[1].is_Integer and parts[1].is_positive):
-            part = self.number(expr.args[0])
-            if not part.is_exact:
-                return _ANYTHING
-            return part._replace(low=_floor(part.low), high=_floor(part.high))
-        above, below = self.number(parts[0]), int(parts[1])
-        return above._replace(low=_floor(above.low / below), high=_floor(above.high / below))
+        above, below = whole_quotient(expr.args[0]) or (expr.args[0], sympy.Integer(1))
+        part = self.number(above)
+        if not (below.is_Integer and below.is_positive and (part.is_whole or below == 1)):
+            return _ANYTHING
+        if not part.is_exact:
+            return _ANYTHING
+        low, high = (_floor(end / int(below)) for end in part[:2])
+        return part._replace(low=low, high=high)
 
     def _compute_FloorDiv(self, expr: sympy.Basic) -> Interval:
         return self._compute_floor(sympy.floor(expr.args[0] / expr.args[1], evaluate=False))
 
     def _compute_Mod(self, expr: sympy.Basic) -> Interval:
         value, modulus = self.number(expr.args[0]), expr.args[1]
-        if not (modulus.is_Integer and modulus.is_positive and value.is_exact):
+        if not (modulus.is_Integer and modulus.is_positive and value.is_whole and value.is_finite):
             return _ANYTHING
         size = int(modulus)
         first, last = _floor(value.low / size), _floor(value.high / size)
-        widest = size - 1 if expr.args[0].is_integer else size
-        if not _is_tensor(first) and not _is_tensor(last):
-            if first == last and value.is_finite:
-                return value._replace(low=value.low - size * first, high=value.high - size * last)
-            return value._replace(low=0.0, high=float(widest), is_finite=True)
-        # an infinite end makes NaN here, which equals nothing
-        together = first == last
-        low = torch.where(together, value.low - size * first, 0.0)
-        high = torch.where(together, value.high - size * last, float(widest))
-        return value._replace(low=low, high=high, is_finite=True)
+        low, high = value.low - size * first, value.high - size * last
+        if _is_tensor(first) or _is_tensor(last):
+            together = first == last
+            low = torch.where(together, low, 0.0)
+            high = torch.where(together, high, float(size - 1))
+        elif first != last:
+            low, high = 0.0, float(size - 1)
+        return value._replace(low=low, high=high)
 
     def _compute_Abs(self, expr: sympy.Basic) -> Interval:
         part = self.number(expr.args[0])
@@ -237,16 +241,14 @@ class _Bounds:
         low, high = parts[0].low, parts[0].high
         for part in parts[1:]:
             low, high = function(low, part.low), function(high, part.high)
-        exact = all(p.is_exact for p in parts)
-        return Interval(low, high, exact, all(p.is_finite for p in parts))
+        return _chosen(low, high, parts)
 
     def _compute_Where(self, expr: sympy.Basic) -> Interval:
         condition = self.truth(expr.args[0])
         left, right = self.number(expr.args[1]), self.number(expr.args[2])
         low = _pick(condition, left.low, right.low, _smaller(left.low, right.low))
         high = _pick(condition, left.high, right.high, _larger(left.high, right.high))
-        exact = left.is_exact and right.is_exact
-        return Interval(low, high, exact, left.is_finite and right.is_finite)
+        return _chosen(low, high, (left, right))
 
     def _compute_Truth(self, expr: sympy.Basic) -> Interval:
         part = self.truth(expr.args[0])
@@ -278,22 +280,29 @@ def _slack(left: Interval, right: Interval) -> Any:
     return _SLACK * (1.0 + _total(ends))
 
 
-def _product(left: Interval, right: Interval, has_load: bool) -> Interval:
+def _product(left: Interval, right: Interval) -> Interval:
     for number, part in ((left, right), (right, left)):
         if not _is_tensor(number.low) and number.low == number.high and number.low != 0:
             ends = part.low * number.low, part.high * number.low
             low, high = ends if number.low > 0 else ends[::-1]
-            return _checked(low, high, (left, right), has_load=has_load)
+            return _computed(low, high, (left, right))
     ends = [a * b for a in (left.low, left.high) for b in (right.low, right.high)]
     low = _smaller(_smaller(ends[0], ends[1]), _smaller(ends[2], ends[3]))
     high = _larger(_larger(ends[0], ends[1]), _larger(ends[2], ends[3]))
-    return _checked(low, high, (left, right), has_load=has_load)
+    return _computed(low, high, (left, right))
 
 
-def _checked(low: Any, high: Any, parts: Sequence[Interval], *, has_load: bool) -> Interval:
-    exact = all(part.is_exact for part in parts) and not has_load
-    total = Interval(low, high, exact, all(part.is_finite for part in parts))
+def _computed(low: Any, high: Any, parts: Sequence[Interval]) -> Interval:
+    """The interval of something calculated from `parts`."""
+    is_whole = all(part.is_whole for part in parts)
+    total = Interval(low, high, is_whole, is_whole, all(part.is_finite for part in parts))
     return total if total.is_finite else _without_nan(total)
+
+
+def _chosen(low: Any, high: Any, parts: Sequence[Interval]) -> Interval:
+    """The interval of something that is always one of `parts`."""
+    exact, whole, finite = (all(flags) for flags in zip(*(part[2:] for part in parts), strict=True))
+    return Interval(low, high, exact, whole, finite)
 
 
 def _without_nan(part: Interval) -> Interval:

@@ -230,7 +230,7 @@ def _prove(item: _Work, evaluator: ElementEvaluator, shadow: Shadow) -> None:
     if item.found.candidate is None:
         return
     try:
-        item.proven = prove(item.found.candidate, evaluator)
+        item.proven = prove(item.found.candidate, evaluator, shadow.differentiable)
     except Declined as declined:
         item.decline(declined.reason)
         return

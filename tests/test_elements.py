@@ -146,9 +146,9 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "stack": lambda x: torch.stack([torch.arange(x.shape[1]), torch.zeros(x.shape[1]).long()], 1),
     "repeat": lambda x: torch.arange(x.shape[1]).repeat(2, 3),
     "repeat-interleave": lambda x: torch.arange(x.shape[1]).repeat_interleave(3),
-    "repeat-interleave-dim": lambda x: torch.arange(x.numel())
-    .view(x.shape)
-    .repeat_interleave(2, dim=0),
+    "repeat-interleave-dim": lambda x: (
+        torch.arange(x.numel()).view(x.shape).repeat_interleave(2, dim=0)
+    ),
     "diagonal": lambda x: torch.arange(x.numel()).view(x.shape).diagonal(1),
     "pad": lambda x: F.pad(torch.arange(x.shape[1]), (2, 1), value=7),
     "meshgrid": lambda x: torch.meshgrid(
@@ -161,13 +161,16 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bool-arithmetic": lambda x: (torch.arange(x.shape[1]) > 2).long() * 3 + 1,
     "xor": lambda x: torch.ones(x.shape).tril().bool() ^ torch.ones(x.shape).tril(-2).bool(),
     "logic": lambda x: (
-        ~(torch.arange(x.shape[1]) > 1) | torch.logical_and(torch.arange(x.shape[1]) > 3, x.new_ones(()))
+        ~(torch.arange(x.shape[1]) > 1)
+        | torch.logical_and(torch.arange(x.shape[1]) > 3, x.new_ones(()))
     ),
     "floor-divide": lambda x: torch.arange(x.shape[1]) // 3,
     "floor-divide-negative": lambda x: (torch.arange(x.shape[1]) - 4) // 3,
     "remainder-negative": lambda x: (torch.arange(x.shape[1]) - 4) % 3,
-    "div-modes": lambda x: torch.div(torch.arange(x.shape[1]), 2, rounding_mode="trunc")
-    + torch.div(torch.arange(x.shape[1]) - 7, 2, rounding_mode="floor"),
+    "div-modes": lambda x: (
+        torch.div(torch.arange(x.shape[1]), 2, rounding_mode="trunc")
+        + torch.div(torch.arange(x.shape[1]) - 7, 2, rounding_mode="floor")
+    ),
     "true-divide": lambda x: torch.arange(x.shape[1]) / 7,
     "abs": lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs(),
     "clamp": lambda x: (torch.arange(x.shape[1]) - 3).clamp(min=-1, max=2),
@@ -177,9 +180,9 @@ PROGRAMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     ),
     "square": lambda x: (torch.arange(x.shape[1]) - 3).square(),
     "power": lambda x: 2.0 ** (-torch.arange(1, x.shape[1] + 1) / 2),
-    "gather": lambda x: torch.arange(x.numel())
-    .view(x.shape)
-    .gather(1, torch.ones(x.shape).tril().long()),
+    "gather": lambda x: (
+        torch.arange(x.numel()).view(x.shape).gather(1, torch.ones(x.shape).tril().long())
+    ),
     "index-rows": lambda x: torch.arange(x.numel()).view(x.shape)[torch.arange(x.shape[0]) // 2],
     "index-both": lambda x: torch.arange(x.numel()).view(x.shape)[
         torch.arange(x.shape[0])[:, None, None], torch.arange(x.shape[1])[None, None]
@@ -309,6 +312,28 @@ def test_negative_positions_of_a_tensor_are_not_guessed() -> None:
     check(program, (torch.randn(1, 5), torch.tensor([0, -1, 3])), loads=("index",))
 
 
+def test_ranges_of_different_tensors_are_kept_apart() -> None:
+    """`t` is below 4 in one tensor and below 8 in the other."""
+
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        half = torch.arange(8) // 4
+        return half[:4], half + 0
+
+    module = make_fx(program, pre_dispatch=True, tracing_mode="fake")(torch.zeros(1))
+    short, long = module.graph.output_node().args[0]
+    evaluator = ElementEvaluator()
+    for _ in range(2):
+        assert evaluator.element(short, (t,)) == 0
+        assert evaluator.element(long, (t,)) == sympy.floor(t / 4)
+
+
+def test_ranges_of_compound_indices_are_given() -> None:
+    module = make_fx(lambda x: x.view(6, 5), tracing_mode="fake")(torch.zeros(2, 3, 5))
+    out = module.graph.output_node().args[0]
+    found = ElementEvaluator().element(out, (3 * b + h, s), {b: 2, h: 3})
+    assert found == Load(0, b, h, s)
+
+
 def test_a_frozen_node_is_loaded() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         base = torch.zeros(4, 4)
@@ -396,6 +421,14 @@ def test_only_the_part_that_is_read_is_looked_at() -> None:
     evaluator = ElementEvaluator({next(iter(module.graph.nodes)): buffer})
     found = evaluator.element(module.graph.output_node().args[0], (0, 0, t, s))
     assert found == sympy.Le(s - t, 0)
+
+
+def test_a_huge_buffer_is_not_looked_at() -> None:
+    buffer = torch.ones(1, dtype=torch.bool).expand(2**13, 2**13)
+    module = make_fx(lambda m: m.clone(), pre_dispatch=True, tracing_mode="fake")(buffer)
+    evaluator = ElementEvaluator({next(iter(module.graph.nodes)): buffer})
+    found = evaluator.element(module.graph.output_node().args[0], (t, s))
+    assert found == sympy.Ne(Load(0, t, s), 0)
 
 
 def test_a_parameter_is_not_taken_for_a_constant() -> None:

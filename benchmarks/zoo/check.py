@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from benchmarks.zoo.entry import SEED, Entry
-from benchmarks.zoo.truth import observe, plain
+from benchmarks.zoo.truth import observe, tensors
 
 TOLERANCE = 1e-5  # relative, what the issue promises for float32
 GRADIENT_TOLERANCE = 1e-5
@@ -99,13 +98,16 @@ def _compare(
 
     tally: list[Any] = []
     compiled = compile_without_inductor(model, tally, options)
+    old = last_report()
     with torch.no_grad():
         torch.manual_seed(SEED)
         got = compiled(*args, **kwargs)
     report = last_report()
-    outcome.graphs = len(report.graphs)
-    outcome.graph_breaks = [str(brk.reason)[:200] for brk in report.graph_breaks]
-    outcome.pass_errors = [g.error[-1500:] for g in report.graphs if g.error]
+    graphs = report.graphs[len(old.graphs) :]
+    outcome.graphs = len(graphs)
+    breaks = report.graph_breaks[len(old.graph_breaks) :]
+    outcome.graph_breaks = [str(brk.reason)[:200] for brk in breaks]
+    outcome.pass_errors = [graph.error[-1500:] for graph in graphs if graph.error]
     record_sites(outcome, tally)
     outcome.relative_error = worst_difference(got, expected)
 
@@ -169,18 +171,11 @@ def _gradients(entry: Entry, wrap: Callable[[nn.Module], Callable]) -> list[Tens
     # A fixed random projection: a plain sum has no gradient through a last layer norm.
     make = torch.Generator().manual_seed(SEED)
     loss = torch.zeros(())
-    for leaf in leaves(out):
+    for leaf in tensors(out):
         if leaf.is_floating_point() and leaf.requires_grad:
             loss = loss + (leaf * torch.randn(leaf.shape, generator=make)).sum()
     loss.backward()
     return [t.grad for t in (*model.parameters(), *inputs)]
-
-
-def leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output, in order."""
-    for leaf in tree_flatten(plain(value))[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
 
 
 def worst_difference(got: Any, expected: Any) -> float:
@@ -188,7 +183,7 @@ def worst_difference(got: Any, expected: Any) -> float:
 
     NaN and infinities must be equal and in the same places; anything else gives infinity.
     """
-    ours, theirs = list(leaves(got)), list(leaves(expected))
+    ours, theirs = list(tensors(got)), list(tensors(expected))
     if len(ours) != len(theirs):
         return float("inf")
     return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
@@ -216,3 +211,48 @@ def _short(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in frames[::-1])
     return f"{type(error).__name__}: {str(error).strip()[:400]} @ {where}"
+
+
+def inductor_fusions(entry: Entry) -> int | None:
+    """Sites that Inductor's own pattern matcher replaces, in inference; None if it fails.
+
+    Counted as fused attention operators after its joint passes minus those before, with code
+    generation left out.
+    """
+    from torch._inductor import compile_fx as inductor
+
+    gained: list[int] = []
+    passes = inductor._recursive_joint_graph_passes
+
+    def counted(gm: torch.fx.GraphModule, *rest: Any, **named: Any) -> Any:
+        before = _fused_nodes(gm)
+        result = passes(gm, *rest, **named)
+        gained.append(_fused_nodes(gm) - before)
+        return result
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        return inductor.compile_fx(gm, example_inputs, inner_compile=_run_as_is)
+
+    inductor._recursive_joint_graph_passes = counted
+    try:
+        torch._dynamo.reset()
+        model, args, kwargs = entry.build()
+        with torch.no_grad():
+            torch.compile(model, backend=backend)(*args, **kwargs)
+    except Exception:  # what Inductor cannot compile counts as nothing
+        return None
+    finally:
+        inductor._recursive_joint_graph_passes = passes
+    return sum(gained)
+
+
+def _run_as_is(gm: torch.fx.GraphModule, *_: Any, **__: Any) -> Callable:
+    def call(args: Any) -> Any:
+        return gm(*args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _fused_nodes(gm: torch.fx.GraphModule) -> int:
+    return sum("scaled_dot_product" in str(node.target) for node in gm.graph.nodes)

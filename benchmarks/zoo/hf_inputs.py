@@ -86,6 +86,8 @@ def candidates(model: nn.Module, padded: bool, seed: int) -> Iterator[Inputs]:
                 yield {key: sound}
     if "past_values" in names:
         yield from _series(config, names, make)
+    if names & {"grid_thw", "image_grid_thw"} and "input_ids" not in names:
+        yield from _patches(config, names, make)
     if "input_ids" in names:
         yield text
         yield {"input_ids": text["input_ids"]}
@@ -204,6 +206,21 @@ def _image_inputs(config: Any, names: set[str], make: torch.Generator) -> Iterat
                 tiles = picture[:, None].repeat(1, 5, 1, 1, 1)
                 yield {"pixel_values": tiles, "image_sizes": sizes * 2}
         yield {"pixel_values": picture}
+
+
+def _patches(config: Any, names: set[str], make: torch.Generator) -> Iterator[Inputs]:
+    """Flat patches and their grid, for a vision tower alone."""
+    key = next(n for n in ("hidden_states", "pixel_values", "inputs_embeds") if n in names)
+    grid_key = "grid_thw" if "grid_thw" in names else "image_grid_thw"
+    grid = torch.tensor([[1, 4, 4]] * BATCH)
+    patch = setting(config, "patch_size", default=8)
+    time = setting(config, "temporal_patch_size", default=1)
+    channels = setting(config, "in_channels", "num_channels", "in_chans", default=3)
+    for depth in dict.fromkeys((time, 1)):
+        flat = torch.randn(BATCH * 16, channels * depth * patch * patch, generator=make)
+        yield {key: flat, grid_key: grid}
+        yield {key: flat.view(BATCH * 16, channels * depth, patch, patch), grid_key: grid}
+    yield {key: torch.randn(BATCH * 16, setting(config, "hidden_size", default=32)), grid_key: grid}
 
 
 def _feature_count(model: nn.Module, images: Inputs) -> int:

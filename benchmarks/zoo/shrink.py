@@ -130,11 +130,24 @@ def _shrunk(
         if key in {"transformers_version", "architectures", "torch_dtype", "dtype", "_name_or_path"}:
             continue
         small[key] = _value(key, value, rules, lists)
+    _agree(values, small)
     vocab = small.get("vocab_size")
     for key, value in small.items():
         if key.endswith(("token_id", "token_index")) and isinstance(value, int):
             small[key] = _token(key, value, vocab if isinstance(vocab, int) else VOCAB)
     return small
+
+
+def _agree(values: dict[str, Any], small: dict[str, Any]) -> None:
+    """Sizes that follow from others."""
+    if values.get("num_key_value_heads") in (None, values.get("num_attention_heads")) and (
+        "num_key_value_heads" in values
+    ):
+        small["num_key_value_heads"] = small.get("num_attention_heads")
+    if values.get("head_dim", 0) is None and _is_int(small.get("num_attention_heads")):
+        small["head_dim"] = HEAD_DIM
+    if "qk_head_dim" in values:
+        small["qk_head_dim"] = 2 * HEAD_DIM
 
 
 def _value(key: str, value: Any, rules: tuple[Rule, ...], lists: tuple[Rule, ...]) -> Any:

@@ -12,7 +12,7 @@ broadcast it, so at a matrix product one look at the tracer tells which axis is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -470,9 +470,8 @@ def observe(model: nn.Module | Callable, args: tuple, kwargs: dict) -> tuple[Any
         with values:
             out = model(*args, **kwargs)
     values.truth.sites = [site for site in values.places if site is not None]
-    leaves, _ = tree_flatten(plain(out))
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf in values.tags:
+    for leaf in tensors(out):
+        if leaf in values.tags:
             found = values.tags[leaf].weights
             values.truth.escaped += sum(softmax.site is not None for softmax in found)
     return out, values.truth
@@ -491,12 +490,19 @@ def _name_hooks(module: nn.Module, name: str, stack: list[str]) -> list[Any]:
     ]
 
 
-def plain(value: Any) -> Any:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, in order."""
+    for leaf in tree_flatten(_plain(value))[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def _plain(value: Any) -> Any:
     """Mappings and dataclasses of outputs as plain containers."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module)):
-        return [plain(item) for item in vars(value).values()]
+        return [_plain(item) for item in vars(value).values()]
     return value

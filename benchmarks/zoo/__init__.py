@@ -1,0 +1,1 @@
+"""A zoo of tiny models that nobody rewrote for us, and the truth about their attention."""

@@ -1,0 +1,226 @@
+"""The shadow graph and its ties to the graph it was traced from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_compile.passes import vocabulary as voc
+from sparse_compile.passes.mutation import opaque
+from sparse_compile.passes.shadow import Shadow, build_shadow, is_impure
+from sparse_compile.testing import dynamo_graph, rewritten_alike, shadow_of
+
+
+def names_of(shadow: Shadow) -> list[str]:
+    return [voc.op_name(node) for node in shadow.graph.nodes if voc.op_name(node)]
+
+
+def qkv(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(2, 3, 4, 5, dtype=dtype) for _ in range(3)]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "function": lambda x: torch.softmax(x, -1),
+    "method": lambda x: x.softmax(-1),
+    "functional": lambda x: F.softmax(x, dim=-1),
+    "module": nn.Softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_become_one_operator(name: str) -> None:
+    shadow = shadow_of(lambda x: SPELLINGS[name](x) * 1, torch.randn(2, 3))
+    assert names_of(shadow) == ["softmax", "mul"]
+
+
+def test_composite_operators_stay_whole() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v)
+        return F.dropout(torch.einsum("bhtd,bhsd->bhts", out, k), 0.5, training=True)
+
+    found = names_of(shadow_of(function, *qkv()))
+    assert found == ["scaled_dot_product_attention", "einsum", "dropout"]
+
+
+def test_every_node_knows_where_it_comes_from() -> None:
+    gm, inputs = dynamo_graph(lambda q, k, v: nn.functional.gelu(attend(q, k, v)), *qkv())
+    shadow = build_shadow(gm, inputs)
+    alive = set(gm.graph.nodes)
+    for node in shadow.graph.nodes:
+        if node.op != "output":
+            assert shadow.owner(node) in alive
+            assert shadow.positions[node] == list(shadow.graph.nodes).index(node)
+    values = [node for node in gm.graph.nodes if node.op != "output"]
+    assert {found for nodes in shadow.aliases.values() for found in nodes} >= set(
+        node for node in values if node.op != "placeholder"
+    )
+    for node, origin in shadow.origins.items():
+        assert node.meta["val"].shape == origin.meta["example_value"].shape
+        assert shadow.order[origin] == list(gm.graph.nodes).index(origin)
+
+
+def test_the_dynamo_graph_is_not_changed() -> None:
+    gm, inputs = dynamo_graph(attend, *qkv())
+    before = gm.code
+    build_shadow(gm, inputs)
+    gm.recompile()
+    assert gm.code == before
+
+
+def test_dead_nodes_are_gone() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (q @ k.mT).softmax(-1)
+        return attend(q, k, v)
+
+    assert names_of(shadow_of(function, *qkv())).count("softmax") == 1
+
+
+def test_sizes_stay_symbols() -> None:
+    shadow = shadow_of(attend, *qkv(), dynamic=True)
+    (softmax,) = [node for node in shadow.graph.nodes if voc.op_name(node) == "softmax"]
+    assert isinstance(softmax.meta["val"].shape[-1], torch.SymInt)
+
+
+def test_autocast_shows_in_the_dtypes_and_ends_with_the_trace() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(q, k, v)
+
+    shadow = shadow_of(function, *qkv(torch.float32))
+    products = [node for node in shadow.graph.nodes if voc.op_name(node) == "matmul"]
+    assert [node.meta["val"].dtype for node in products] == [torch.bfloat16] * 2
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_half_a_context_does_not_leak() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x * 2
+        return y + x
+
+    gm, inputs = dynamo_graph(function, torch.randn(3, requires_grad=True))
+    nodes = list(gm.graph.nodes)
+    changes = [node for node in nodes if node.target is torch._C._set_grad_enabled]
+    assert changes
+    gm.graph.erase_node(changes[-1])  # the context is never left
+    build_shadow(gm, inputs)
+    assert torch.is_grad_enabled()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad * 3  # not the derivative, so that its loss would show
+
+
+def test_a_custom_function_keeps_its_backward() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(Doubled.apply(q), k, v)
+
+    (site,) = rewritten_alike(function, *(x.requires_grad_() for x in qkv()))
+    assert site.status == "rewritten"
+
+
+def test_higher_order_operators_are_opaque() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+        return y * 2
+
+    shadow = shadow_of(function, torch.randn(3))
+    (hidden,) = [node for node in shadow.graph.nodes if node.target is opaque]
+    assert is_impure(hidden)
+    assert shadow.owner(hidden).target is torch.ops.higher_order.cond
+
+
+def test_what_cannot_be_traced_is_opaque() -> None:
+    gm, inputs = dynamo_graph(lambda q, k, v: attend(q.sin(), k, v), *qkv())
+    (sin,) = [node for node in gm.graph.nodes if node.target == "sin"]
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("it can be run, but not be looked into")
+
+    with gm.graph.inserting_before(sin):
+        fresh = gm.graph.call_function(broken, sin.args)
+    fresh.meta.update(sin.meta)
+    sin.replace_all_uses_with(fresh)
+    gm.graph.erase_node(sin)
+    shadow = build_shadow(gm, inputs)
+    assert [shadow.owner(node) for node in shadow.graph.nodes if node.target is opaque] == [fresh]
+    assert names_of(shadow) == ["mT", "matmul", "softmax", "matmul"]
+
+
+def test_attention_in_a_checkpointed_body_is_replaced() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(attend, q, k, v, use_reentrant=False) * 2
+
+    (site,) = rewritten_alike(function, *(x.requires_grad_() for x in qkv()))
+    assert (site.status, site.kernel) == ("rewritten", "sdpa")
+
+
+def test_fused_encoder_layers_are_opened() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64).eval()
+
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    (site,) = rewritten_alike(function, torch.randn(2, 5, 8, dtype=torch.float64))
+    assert (site.status, site.query_heads) == ("rewritten", 2)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.ones(4, 4, dtype=torch.bool).tril())
+        self.register_buffer("fill", torch.tensor(-1e9))
+        self.weight = nn.Parameter(torch.randn(5, dtype=torch.float64))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.where(self.keep, (q * self.weight) @ k.mT, self.fill).softmax(-1) @ v
+
+
+def test_buffers_are_known_and_parameters_are_marked() -> None:
+    shadow = shadow_of(Masked(), *qkv())
+    assert sorted(tuple(value.shape) for value in shadow.constants.values()) == [(), (4, 4)]
+    assert [tuple(node.meta["val"].shape) for node in shadow.parameters] == [(5,)]
+    (fill,) = [node for node in shadow.constants if "constant_value" in node.meta]
+    assert fill.meta["constant_value"] == pytest.approx(-1e9)
+
+
+def test_inputs_of_a_call_are_no_constants() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~keep, -1e9).softmax(-1) @ v
+
+    keep = torch.ones(4, 4, dtype=torch.bool).tril()
+    assert shadow_of(function, *qkv(), keep).constants == {}
+
+
+def test_literals_are_constants() -> None:
+    shadow = shadow_of(lambda x: x * torch.tensor([1.0, 2.0, 3.0]), torch.randn(3))
+    assert [value.tolist() for value in shadow.constants.values()] == [[1.0, 2.0, 3.0]]
+
+
+def test_which_nodes_have_effects() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    pure = graph.call_function(torch.ops.aten.sin.default, (x,))
+    in_place = graph.call_function(torch.ops.aten.sin_.default, (x,))
+    size = graph.call_function(operator.mul, (2, 3))
+    attribute = graph.get_attr("y")
+    assert [is_impure(node) for node in (x, pure, in_place, size, attribute)] == [
+        True, False, True, False, False,
+    ]  # fmt: skip
