@@ -106,7 +106,7 @@ def _normalised_exp(node: fx.Node) -> Iterator[Anchor]:
     logits, sink = _logits_and_sink(exp, addend)
     if logits is None:
         return
-    inner = {exp, total, numerator, *between} - {node}
+    inner = {exp, total, numerator, *between} - {node, weights if divided is not None else node}
     yield Anchor(
         weights if divided is not None else node, logits, dim, frozenset(inner), sink,
         keep=keep, divided=divided,
@@ -167,8 +167,11 @@ def _unmasked(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     if voc.plain_name(node) != "mul":
         return node, None
     for exp, mask in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-        if isinstance(exp, fx.Node) and voc.op_name(exp) == "exp" and isinstance(mask, fx.Node):
-            return exp, mask
+        powers = isinstance(exp, fx.Node) and (
+            voc.op_name(exp) == "exp" or voc.op_name(exp) in SOFTMAX
+        )
+        if powers and isinstance(mask, fx.Node):
+            return exp, mask  # type: ignore[return-value]
     return node, None
 
 

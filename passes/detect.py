@@ -113,7 +113,7 @@ def _candidate(
         if not has_sink:
             raise Declined("keys-dropped", "attention weights are cut off before the product with V")
         unify(ahead.keys, path.keys)
-    steps = path.steps
+    steps = _without_cancelling(path.steps, set(resolve(path.keys)))
     if anchor.keep is not None:
         own = drop_expanded(layout, shape_of(anchor.keep))
         fill = sympy.S.NegativeInfinity
@@ -141,6 +141,21 @@ def _candidate(
         region=region,
         nan_to_zero=ahead.nan_to_zero or anchor.safe,
     )
+
+
+def _without_cancelling(steps: tuple[Step, ...], keys: set[Axis]) -> tuple[Step, ...]:
+    """Leave out steps that add the same to all keys of a row: softmax takes that away again."""
+
+    def cancels(step: Step, later: tuple[Step, ...]) -> bool:
+        if step.kind not in ("add", "sub") or set(axes_of(step.layout)) & keys:
+            return False
+        return all(
+            other.kind in ("cast", "add", "sub", "fill")
+            or (other.kind in ("mul", "div") and not set(axes_of(other.layout)) & keys)
+            for other in later
+        )
+
+    return tuple(step for i, step in enumerate(steps) if not cancels(step, steps[i + 1 :]))
 
 
 @dataclass(frozen=True)

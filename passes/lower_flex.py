@@ -99,7 +99,8 @@ class _Recorder(fx.proxy.GraphAppendingTracer):
         if kind == "get_attr":
             return node
         values = fx.map_arg((node.args, node.kwargs), self._example)
-        with self.fake_mode:
+        # flex_attention's own autograd would trace under the wrong fake mode
+        with self.fake_mode, torch.no_grad():
             if kind == "call_method":
                 (first, *others), named = values
                 node.meta["example_value"] = getattr(first, target)(*others, **named)
@@ -160,7 +161,7 @@ class _Buffers:
         A modification must index with tensors only, and each read that has a gradient needs a
         tensor of its own: both are limits of flex_attention.
         """
-        has_grad = self.differentiable and _example(self.site.operands[int(number)]).requires_grad
+        has_grad = self.differentiable and self.site.needs_grad[int(number)]
         constant = tuple(int(p) if p.is_Integer else None for p in positions)
         key = (int(number), constant, positions if has_grad else None)
         captured = self._add(key, lambda: self._taken(int(number), constant, has_grad))
@@ -185,9 +186,9 @@ class _Buffers:
             if constant[axis] is not None:
                 part = part.select(axis, constant[axis])
         if not has_grad:
-            return part.detach() if _example(part).requires_grad else part
-        if not is_first:
-            part = part.clone()
+            return part.detach() if self.site.needs_grad[number] else part
+        # PyTorch adds up gradients in the dtype of what it captured
+        part = part.to(torch.float32, copy=not is_first)
         return part.reshape(1) if None not in constant else part
 
 
@@ -209,6 +210,7 @@ class _Site:
         self.q, self.k, self.v = (self.proxy(node) for node in qkv)
         self.nodes = tuple(operands)
         self.operands = [self.proxy(node) for node in operands]
+        self.needs_grad = [_example(operand).requires_grad for operand in self.operands]
         self.sources = [
             Source(p, _example(p).dtype, tuple(_example(p).shape)) for p in self.operands
         ]

@@ -172,6 +172,8 @@ class _Builder:
             return
         assert step.term is not None
         found = self.element(step.term, step.layout)
+        if not _is_binary(step.term, found):
+            raise Declined("weights-factor", f"{step.term.name} may hold more than 0 and 1")
         proof = None if found is None else prove_mask.prove_boolean(_boolean(found), self.ranges)
         if proof is None or proof.dense:
             keep: sympy.Basic = sympy.Ne(self.dense(step.term, step.layout), 0)
@@ -285,9 +287,8 @@ def prove(
     builder.scale = candidate.factor * q.factor * k.factor
     if builder.scale != 1:
         builder.transforms.append(ir.Scale(factor=sympy.Float(float(builder.scale))))
-    for position, step in enumerate(candidate.steps):
-        if not _cancels(builder, step, candidate.steps[position + 1 :]):
-            _apply(builder, step)
+    for step in candidate.steps:
+        _apply(builder, step)
     needs_grad = bool({q.tensor.node, k.tensor.node} & differentiable)
     keep, score, empty_rows, may_be_empty, absorbed = _assemble(builder, candidate, needs_grad)
     weight, v_factors, out_factors = _after_softmax(builder, candidate)
@@ -317,18 +318,6 @@ def prove(
         q_factors=tuple(builder.q_factors),
         v_factors=tuple(v_factors),
         out_factors=tuple(out_factors),
-    )
-
-
-def _cancels(builder: _Builder, step: Step, later: Sequence[Step]) -> bool:
-    """Whether a step adds the same to all keys of a row, which softmax takes away again."""
-    keys = set(builder.roles.keys)
-    if step.kind not in ("add", "sub") or set(axes_of(step.layout)) & keys:
-        return False
-    return all(
-        other.kind in ("cast", "add", "sub", "fill")
-        or (other.kind in ("mul", "div") and not set(axes_of(other.layout)) & keys)
-        for other in later
     )
 
 
@@ -473,6 +462,17 @@ def _boolean(value: sympy.Basic) -> sympy.Basic:
 
 
 _MOVES = voc.RESHAPES | voc.SAME | voc.CASTS | {"slice", "expand", "select", "permute", "transpose"}
+
+
+def _is_binary(term: fx.Node, element: sympy.Basic | None) -> bool:
+    """Whether a tensor that is used as a mask holds nothing but 0 and 1."""
+    if term.meta["val"].dtype == torch.bool or isinstance(element, ex.Truth):
+        return True
+    if voc.op_name(term) in voc.CASTS and voc.is_tensor(term.args[0]):
+        return _is_binary(term.args[0], None)  # type: ignore[arg-type]
+    if isinstance(element, Where):
+        return all(part in (0, 1) or _is_binary(term, part) for part in element.args[1:])
+    return element in (0, 1)
 
 
 def _may_mask(term: fx.Node) -> bool:

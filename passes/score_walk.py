@@ -285,7 +285,7 @@ def scalar(value: Any) -> sympy.Expr | None:
         return found
     if "constant_value" in value.meta:
         value.meta["value_used"] = True  # a buffer's value has to be guarded
-        return sympy.sympify(value.meta["constant_value"])
+        return voc.number(value.meta["constant_value"])
     name = voc.op_name(value)
     if name in ("full", "scalar_tensor", "full_like", "new_full"):
         position = {"full": 1, "scalar_tensor": 0, "full_like": 1, "new_full": 2}[name]

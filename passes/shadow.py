@@ -163,6 +163,11 @@ def build_shadow(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None
         origins.setdefault(node, dynamo)
         aliases.setdefault(node, []).append(dynamo)
     constants = {node: value for node, value in recorder.constants.items() if node in alive}
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(traced, str(node.target), None)
+        value = getattr(value, "constant", value)  # of a fake tensor
+        if isinstance(value, torch.Tensor) and not hasattr(value, "fake_mode"):
+            constants.setdefault(node, value)
     for node, dynamo, value in zip(
         graph.find_nodes(op="placeholder"), placeholders, example_inputs or (), strict=False
     ):

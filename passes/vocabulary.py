@@ -328,8 +328,10 @@ def _summed_product(node: fx.Node) -> Contraction | None:
 
 def number(value: Any) -> sympy.Expr | None:
     """A scalar argument as a number or size expression; None for tensors and unknown ones."""
+    if isinstance(value, float) and value.is_integer():
+        return sympy.Integer(int(value))  # sympy: Float(1.0) != Integer(1)
     if isinstance(value, (bool, int, float)):
-        return sympy.sympify(value)
+        return sympy.Integer(value) if isinstance(value, bool) else sympy.sympify(value)
     if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), (int, float, torch.SymInt)):
         return expression(value.meta["val"])
     return None

@@ -69,7 +69,7 @@ def read_positions(
     load: Load, env: Mapping[sympy.Basic, Any], operands: Sequence[torch.Tensor | Source]
 ) -> tuple[Any, ...]:
     """The positions at which `evaluate` reads an operand for `load`: whole numbers, or tensors."""
-    return _Evaluator(env, operands).positions(load, source_of(operands[int(load.args[0])]).shape)
+    return _Evaluator(env, operands).positions(load, source_of(operands[int(load.args[0])]))
 
 
 def source_of(operand: torch.Tensor | Source) -> Source:
@@ -162,6 +162,8 @@ class _Evaluator:
         if expr.is_Symbol:
             is_size = expr.name not in ("b", "h", "t", "s", "x")
             return _Value("int" if expr.is_integer else "float", value, is_scalar=is_size)
+        if isinstance(expr, Load) and int(expr.args[0]) < len(self.operands):
+            return self._loaded(value, source_of(self.operands[int(expr.args[0])]).dtype)
         return _Value("float", value)
 
     def _loaded(self, value: Any, dtype: torch.dtype) -> _Value:
@@ -385,18 +387,17 @@ class _Evaluator:
 
     def _compute_Load(self, expr: sympy.Basic) -> _Value:
         operand = source_of(self.operands[int(expr.args[0])])
-        index = self.positions(expr, operand.shape)
+        index = self.positions(expr, operand)
         return self._loaded(operand.value[index] if index else operand.value, operand.dtype)
 
-    def positions(self, load: Load, shape: Sequence[Any]) -> tuple[Any, ...]:
-        """What an operand of this shape is indexed with."""
+    def positions(self, load: Load, operand: Source) -> tuple[Any, ...]:
+        """What an operand is indexed with."""
         return tuple(
-            self._position(position, size)
-            for position, size in zip(load.args[1:], shape, strict=True)
+            self._position(position, operand, axis) for axis, position in enumerate(load.args[1:])
         )
 
-    def _position(self, position: sympy.Basic, size: Any) -> Any:
-        found = self.number(position)
+    def _position(self, position: sympy.Basic, operand: Source, axis: int) -> Any:
+        found, size = self.number(position), operand.shape[axis]
         if found.is_scalar:
             return found.value
         value = found.value if found.kind == "int" else found.value.to(torch.int64)
@@ -404,6 +405,8 @@ class _Evaluator:
             return value
         if isinstance(size, int) and size == 0:
             return value
+        if isinstance(size, torch.SymInt) and not isinstance(operand.value, torch.Tensor):
+            size = operand.value.size(axis)  # a graph holds the size as a node
         return torch.clamp(value, max=size - 1) if position.is_nonnegative else value % size
 
 

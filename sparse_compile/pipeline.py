@@ -218,7 +218,16 @@ def _run_one(
     used = [*evaluator.value_guards, *scalars]
     guarded = {shadow.origins[node] for node in used if node in shadow.origins}
     guards = [i for i, node in enumerate(placeholders) if node in guarded]
-    return [_report(item) for item in work], guards
+    return [_report(item) for item in _one_per_softmax(work)], guards
+
+
+def _one_per_softmax(work: Sequence[_Work]) -> Iterator[_Work]:
+    """Products of the same weights with several V count as one site; a declined one speaks for all."""
+    groups: dict[fx.Node, list[_Work]] = {}
+    for item in work:
+        groups.setdefault(item.found.anchor, []).append(item)
+    for items in groups.values():
+        yield next((item for item in items if item.site.reason is not None), items[0])
 
 
 def _declined_site(found: Found, shadow: Shadow, names: UniqueNames) -> ir.AttentionSite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparse_compile.passes.shadow import Shadow
 
 Layout = Literal["contiguous", "token_major", "padded"]
+T = TypeVar("T")
 
 
 def in_dtype(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -95,17 +96,20 @@ def random_heads(
     return value.requires_grad_(requires_grad)
 
 
-def dynamo_graph(
-    function: Callable[..., Any], *args: Any, **options: Any
-) -> tuple[fx.GraphModule, Sequence[Any]]:
-    """The one graph that Dynamo makes of a function, and its inputs as a backend gets them."""
-    seen: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+def in_backend(
+    use: Callable[[fx.GraphModule, Sequence[Any]], T],
+    function: Callable[..., Any],
+    *args: Any,
+    **options: Any,
+) -> T:
+    """What `use` makes of the one graph that Dynamo traces, while Dynamo waits for its backend."""
+    seen: list[T] = []
 
-    def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        seen.append((gm, inputs))
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append(use(gm, inputs))
         return gm.forward
 
-    torch.compile(function, backend=keep, fullgraph=True, **options)(*args)
+    torch.compile(function, backend=backend, fullgraph=True, **options)(*args)
     (found,) = seen
     return found
 
@@ -114,7 +118,7 @@ def shadow_of(function: Callable[..., Any], *args: Any, **options: Any) -> Shado
     """The shadow of the one graph that Dynamo makes of a function."""
     from sparse_compile.passes.shadow import build_shadow
 
-    return build_shadow(*dynamo_graph(function, *args, **options))
+    return in_backend(build_shadow, function, *args, **options)
 
 
 def rewritten_alike(

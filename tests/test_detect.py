@@ -208,9 +208,8 @@ def test_a_declined_attention_still_computes_the_same() -> None:
 
 
 def test_nan_to_num_with_another_number_is_not_taken_for_zero() -> None:
-    keep = torch.ones(T, S).tril(-1) > 0  # the first query has no key
-
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.ones(T, S).tril(-1) > 0  # the first query has no key
         weights = (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1)
         return weights.nan_to_num(nan=0.5) @ v
 

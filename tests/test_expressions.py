@@ -198,6 +198,22 @@ def test_unknown_or_nan_contents_leave_everything_possible():
     assert not every.item()
 
 
+def test_reads_of_whole_numbers_bound_exactly():
+    """A size that comes as an operand cuts blocks as sharply as a number does."""
+    low = {t: torch.tensor([[0], [4]]), s: torch.tensor([0, 4, 8])}
+    intervals = {symbol: (value, value + 3) for symbol, value in low.items()}
+    blocks = {t: (8, 4), s: (12, 4)}
+    for dtype, certain in ((torch.int64, True), (torch.float32, False)):
+        size = torch.tensor(4, dtype=dtype)
+        read = load_extrema(size, Load(0), blocks, {t: 8, s: 12}, torch.arange)
+        some, every = bounds(s <= t + Load(0), {**intervals, Load(0): read})
+        assert some.tolist() == [[True, True, not certain], [True, True, True]]
+        assert every.tolist() == [[True, False, False], [True, True, False]]
+        # a rounded sum may lie on either side, so an end that only just fits is not certain
+        edge = bounds(t + Load(0) >= s + 1, {**intervals, Load(0): read})[1]
+        assert edge[0, 0].item() is True
+
+
 def test_large_positions_stay_whole():
     far = 2**53 + 1
     value = evaluate(floor((t + far) / 2) * 2 + Mod(t + far, 2), {t: torch.arange(4)})

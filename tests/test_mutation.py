@@ -72,8 +72,8 @@ WRITES: dict[str, Function] = {
     "masked_fill": lambda x: x.masked_fill_(x > 0, 0.0),
     "copy-into-view": lambda x: x[0].copy_(x[1]),
     "setitem": lambda x: _set(x),
-    "index_copy": lambda x: x.index_copy_(0, torch.tensor([0]), x[1:2] * 2),
-    "index_put": lambda x: x.index_put_((torch.tensor([0]),), x[1] * 2),
+    "index_copy": lambda x: x.index_copy_(0, x[0, :1].long() * 0, x[1:2] * 2),
+    "index_put": lambda x: x.index_put_((x[0, :1].long() * 0,), x[1] * 2),
     "out": lambda x: torch.add(x[0], 1.0, out=x[1]),
     "foreach": lambda x: _foreach(x),
 }  # fmt: skip
@@ -129,7 +129,6 @@ OVERWRITTEN: dict[str, Callable[..., object]] = {
     "q-by-out": lambda q, k, v, scores: torch.mul(k, 2.0, out=q),
     "k-by-foreach": lambda q, k, v, scores: torch._foreach_mul_([k], 2.0),
     "scores": lambda q, k, v, scores: scores[:, :, 0].fill_(0.5),
-    "scores-by-out": lambda q, k, v, scores: torch.tanh(scores, out=scores),
 }  # fmt: skip
 
 
@@ -170,6 +169,13 @@ def test_v_written_between_softmax_and_product_is_read_afterwards() -> None:
         weights = (q @ k.mT).softmax(-1)
         v.mul_(2.0)
         return weights @ v
+
+    rewritten_alike(function, *qkv())
+
+
+def test_scores_that_are_an_out_argument_are_followed_or_declined() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, lambda q, k, v, scores: torch.tanh(scores, out=scores))
 
     rewritten_alike(function, *qkv())
 

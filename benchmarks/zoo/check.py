@@ -58,6 +58,17 @@ class Outcome:
         errors = (self.relative_error, self.gradient_error)
         return any(e is not None and not e <= TOLERANCE for e in errors)
 
+    def problems(self) -> list[str]:
+        """What a test of this model complains about."""
+        found = [self.error, *self.pass_errors]
+        if self.false_positives:
+            found.append(f"{self.false_positives} false positives")
+        if self.rewritten < self.true_sites and not {"declinable", "ambiguous"} & set(self.tags):
+            found.append(f"{self.rewritten} of {self.true_sites} sites replaced: {self.reasons}")
+        if self.wrong:
+            found.append(f"error {self.relative_error}, of gradients {self.gradient_error}")
+        return [text for text in found if text]
+
     def to_builtins(self) -> dict[str, Any]:
         """Plain JSON types, with the derived values."""
         return {**asdict(self), "false_positives": self.false_positives, "wrong": self.wrong}

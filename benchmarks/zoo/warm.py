@@ -6,15 +6,15 @@ import contextlib
 import importlib
 import warnings
 
+from benchmarks.zoo.torchvision_schemas import import_torchvision
+
 warnings.simplefilter("ignore")
 COMMON = (
     "sparse_compile.backend",
     "sparse_compile.pipeline",
     "torch._inductor.compile_fx",
-    "benchmarks.zoo.torchvision_schemas",
     "PIL.Image",
     "einops",
-    "torchvision",
     "transformers.modeling_utils",
     "transformers.generation",
     "transformers.models.auto.modeling_auto",
@@ -22,6 +22,8 @@ COMMON = (
     "timm",
 )
 
+with contextlib.suppress(Exception):
+    import_torchvision()
 for name in COMMON:
     with contextlib.suppress(Exception):  # packages of the zoo are optional and may be broken
         importlib.import_module(name)

@@ -1,0 +1,50 @@
+"""Models that nobody rewrote for us: Hugging Face architectures and third-party packages."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.zoo import third_party
+from benchmarks.zoo.check import check
+from benchmarks.zoo.entry import Entry
+
+pytest.importorskip("transformers")
+
+from benchmarks.zoo import hf
+
+ARCHITECTURES = [entry for entry in hf.entries() if entry.has("ci")]
+TRAINED = [entry for entry in ARCHITECTURES if entry.has("ci-train")]
+OTHERS = [entry for entry in third_party.entries() if entry.has("ci")]
+
+
+def _name(entry: Entry) -> str:
+    return entry.id
+
+
+def test_the_subset_is_large_enough():
+    names = {entry.name.rpartition("-")[0] for entry in ARCHITECTURES}
+    assert len(names) >= 60
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=_name)
+def test_every_site_of_an_architecture_is_replaced(entry: Entry):
+    outcome = check(entry)
+    assert outcome.true_sites > 0
+    assert not outcome.problems()
+
+
+@pytest.mark.parametrize("entry", TRAINED, ids=_name)
+def test_gradients_of_an_architecture_are_equal(entry: Entry):
+    outcome = check(entry, train=True)
+    assert outcome.gradient_error is not None
+    assert not outcome.problems()
+
+
+@pytest.mark.parametrize("entry", OTHERS, ids=_name)
+def test_every_site_of_a_package_is_replaced(entry: Entry):
+    outcome = check(entry)
+    if outcome.error.startswith("UnavailableError"):
+        pytest.skip(outcome.error)
+    assert not outcome.problems()
