@@ -82,7 +82,7 @@ def summed_up(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -
         raise Opaque
     dim = axis(a["dim"], len(index))
     j = ev.dummy(node, dim, ev.shape(node)[dim])
-    value = ev.numeric(a["self"], (*index[:dim], j, *index[dim + 1 :]))
+    value = ev.numeric(a["self"], (*index[:dim], j, *index[dim + 1 :]), node)
     slope = sympy.diff(value, j) if not value.atoms(sympy.Function) else None
     i = index[dim]
     if not value.has(j):
@@ -128,7 +128,7 @@ def reduced(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> 
         raise Opaque
     if name == "aten::sum":
         count = product([shape[dim] for dim in dims])
-        return ev.numeric(source, tuple(position)) * count
+        return ev.numeric(source, tuple(position), node) * count
     return value
 
 

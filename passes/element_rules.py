@@ -15,7 +15,15 @@ from sparse_compile.passes import bounds, element_gathers
 from sparse_compile.passes.calls import Arguments, operator_name
 from sparse_compile.passes.element_layout import quotient_remainder
 from sparse_compile.passes.exactness import SMALL, Exactness
-from sparse_compile.passes.logic import Opaque, by_cases, choose, exact_float, relate, select
+from sparse_compile.passes.logic import (
+    Opaque,
+    by_cases,
+    choose,
+    exact_float,
+    leaves,
+    relate,
+    select,
+)
 from sparse_compile.passes.rounding import round_to
 
 if TYPE_CHECKING:
@@ -49,17 +57,9 @@ def in_range(value: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
     """An integer that is sure not to wrap around in a narrow type."""
     if dtype in _NARROW:
         low, high = _NARROW[dtype]
-        if not all(leaf.is_Integer and low <= leaf <= high for leaf in _leaves(value)):
+        if not all(leaf.is_Integer and low <= leaf <= high for leaf in leaves(value)):
             raise Opaque
     return value
-
-
-def _leaves(value: sympy.Expr) -> list[sympy.Expr]:
-    leaves: list[sympy.Expr] = []
-    by_cases(
-        lambda leaf: leaves.append(leaf) or sympy.Integer(0), lambda *_: sympy.Integer(0), value
-    )
-    return leaves
 
 
 def _rounded(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
@@ -121,14 +121,15 @@ def eye(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> symp
 def cast(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:
     """Conversion to the node's own type."""
     source = a.get("self", a.get("a"))
-    return converted(ev, source, ev.at(source, index), node.meta["val"].dtype)
+    return converted(ev, source, index, node.meta["val"].dtype)
 
 
 def converted(
-    ev: ElementEvaluator, source: fx.Node, value: sympy.Basic, dtype: torch.dtype
+    ev: ElementEvaluator, source: fx.Node, index: Index, dtype: torch.dtype
 ) -> sympy.Basic:
-    """An element `value` of `source` as another type."""
+    """An element of `source`, broadcast, as another type."""
     before = source.meta["val"].dtype
+    value = ev.widened(source, index, dtype)
     if before == dtype:
         return value
     if before.is_complex or dtype.is_complex:
@@ -148,7 +149,7 @@ def converted(
 def copied(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:
     """copy: the source, broadcast, as the node's type."""
     source = a["src"]
-    return converted(ev, source, ev.operand(source, index), node.meta["val"].dtype)
+    return converted(ev, source, index, node.meta["val"].dtype)
 
 
 def decided(
@@ -252,7 +253,7 @@ def _as_node(ev: ElementEvaluator, node: fx.Node, argument: Any, index: Index) -
     dtype = node.meta["val"].dtype
     if _tensor_type(argument) is None:
         return as_type(ev.number(argument), dtype)
-    return converted(ev, argument, ev.operand(argument, index), dtype)
+    return converted(ev, argument, index, dtype)
 
 
 def triangle(
@@ -279,7 +280,7 @@ def arithmetic(
     function: Callable[[sympy.Expr, sympy.Expr], sympy.Expr],
 ) -> sympy.Basic:
     """add, sub, rsub, mul: as for real numbers, where the type cannot wrap around."""
-    left, right = ev.numeric(a["self"], index), ev.numeric(a["other"], index)
+    left, right = ev.numeric(a["self"], index, node), ev.numeric(a["other"], index, node)
     alpha = ev.number(a.get("alpha", 1))
     if operator_name(node) == "aten::rsub":
         left, right = right, left * alpha
@@ -302,7 +303,7 @@ def finished(value: sympy.Expr, node: fx.Node) -> sympy.Basic:
 
 def divided(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:
     """div with its rounding modes, floor_divide."""
-    left, right = ev.numeric(a["self"], index), ev.numeric(a["other"], index)
+    left, right = ev.numeric(a["self"], index, node), ev.numeric(a["other"], index, node)
     mode = a.get("rounding_mode")
     if operator_name(node) == "aten::floor_divide":
         mode = "floor"
@@ -315,7 +316,7 @@ def divided(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> 
 
 def remainder(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:
     """remainder and fmod."""
-    left, right = ev.numeric(a["self"], index), ev.numeric(a["other"], index)
+    left, right = ev.numeric(a["self"], index, node), ev.numeric(a["other"], index, node)
     toward_zero = operator_name(node) == "aten::fmod"
     return finished(_whole(ev, a, left, right, toward_zero=toward_zero)[1], node)
 
@@ -348,7 +349,7 @@ def unary(
     function: Callable[[sympy.Expr], sympy.Expr],
 ) -> sympy.Basic:
     """neg, abs, square: also of loads."""
-    return finished(by_cases(function, select, ev.numeric(a["self"], index)), node)
+    return finished(by_cases(function, select, ev.numeric(a["self"], index, node)), node)
 
 
 def formula(
@@ -360,7 +361,7 @@ def formula(
     function: Callable[[sympy.Expr], sympy.Expr],
 ) -> sympy.Basic:
     """exp, log, sqrt: of indices only; of loads, the result is loaded."""
-    value = ev.numeric(a["self"], index)
+    value = ev.numeric(a["self"], index, node)
     if value.has(Load):
         raise Opaque
     return finished(by_cases(function, select, value), node)
@@ -375,7 +376,7 @@ def rounding(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) ->
 
 def power(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:
     """pow: of a number, or by a small integer."""
-    base, exponent = (ev.numeric(a[key], index) for key in ("self", "exponent"))
+    base, exponent = (ev.numeric(a[key], index, node) for key in ("self", "exponent"))
     if base.is_number and base.is_positive and base.is_finite and not exponent.has(Load):
         return finished(by_cases(lambda e: base**e, select, exponent), node)
     if exponent.is_Integer and 0 <= exponent <= 4:
@@ -386,16 +387,16 @@ def power(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sy
 def limited(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:
     """clamp and its one-sided forms, minimum and maximum."""
     name = operator_name(node)
-    value = ev.numeric(a["self"], index)
+    value = ev.numeric(a["self"], index, node)
     if name in ("aten::minimum", "aten::maximum", "aten::min", "aten::max"):
         if "other" not in a:
             raise Opaque
-        other = ev.numeric(a["other"], index)
+        other = ev.numeric(a["other"], index, node)
         low = other if name.endswith(("maximum", "max")) else None
         high = None if low is not None else other
     else:
-        low = None if a.get("min") is None else ev.numeric(a["min"], index)
-        high = None if a.get("max") is None else ev.numeric(a["max"], index)
+        low = None if a.get("min") is None else ev.numeric(a["min"], index, node)
+        high = None if a.get("max") is None else ev.numeric(a["max"], index, node)
     if low is not None:
         value = by_cases(partial(_extreme, ev=ev, greatest=True), select, value, low)
     if high is not None:

@@ -21,8 +21,9 @@ from sparse_compile.expressions import Load, Truth
 from sparse_compile.passes import bounds, element_layout, element_rules
 from sparse_compile.passes.buffer_values import BufferValue, recognise
 from sparse_compile.passes.calls import Arguments, bind, operator_name
-from sparse_compile.passes.exactness import Exactness, ExactnessOf
-from sparse_compile.passes.logic import Opaque, exact_float
+from sparse_compile.passes.exactness import HALF, Exactness, ExactnessOf
+from sparse_compile.passes.logic import Opaque, exact_float, leaves
+from sparse_compile.passes.rounding import is_representable
 from sparse_compile.passes.shapes import expression, shape_of
 
 MAX_STEPS = 5000
@@ -110,10 +111,7 @@ class ElementEvaluator:
 
     def at(self, node: fx.Node, index: Index) -> sympy.Basic:
         """`node[index]` for rules; an index along a dimension of size 1 is taken as 0."""
-        index = tuple(
-            sympy.Integer(0) if size == 1 else position
-            for position, size in zip(index, self.shape(node), strict=True)
-        )
+        index = self._clipped(node, index)
         key = (node, index)
         if key not in self._memo:
             self._steps += 1
@@ -125,6 +123,12 @@ class ElementEvaluator:
             finally:
                 self._depth -= 1
         return self._memo[key]
+
+    def _clipped(self, node: fx.Node, index: Index) -> Index:
+        return tuple(
+            sympy.Integer(0) if size == 1 else position
+            for position, size in zip(index, self.shape(node), strict=True)
+        )
 
     def shape(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
         """The sizes of the tensor that a node yields."""
@@ -203,12 +207,31 @@ class ElementEvaluator:
             return self.at(argument, index[len(index) - rank :])
         return self.number(argument)
 
-    def numeric(self, argument: Any, index: Index) -> sympy.Expr:
-        """Like `operand`; Booleans become 0 and 1."""
-        value = self.operand(argument, index)
-        if isinstance(argument, fx.Node) and isinstance(argument.meta["val"], torch.Tensor):
-            return Truth(value) if self.is_boolean(argument) else value
-        return value
+    def numeric(self, argument: Any, index: Index, node: fx.Node | None = None) -> sympy.Expr:
+        """Like `operand`; Booleans become 0 and 1. `node` computes with it, in its own type."""
+        if not isinstance(argument, fx.Node) or not isinstance(argument.meta["val"], torch.Tensor):
+            return self.number(argument)
+        if self.is_boolean(argument):
+            return Truth(self.operand(argument, index))
+        dtype = argument.meta["val"].dtype if node is None else node.meta["val"].dtype
+        return self.widened(argument, index, dtype)
+
+    def widened(self, source: fx.Node, index: Index, dtype: torch.dtype) -> sympy.Basic:
+        """An element of `source`, broadcast, fit to be converted to `dtype`.
+
+        A formula that was rounded to 16 bits is loaded where a wider type would show the rounding.
+        """
+        value = self.operand(source, index)
+        narrow = source.meta["val"].dtype
+        if narrow not in HALF or not dtype.is_floating_point or dtype == narrow:
+            return value
+        if self.is_exact(source, Exactness.EXACT) or isinstance(value, Load):
+            return value
+        if all(is_representable(leaf, narrow) for leaf in leaves(value)):
+            return value
+        return self._load(
+            source, self._clipped(source, index[len(index) - len(self.shape(source)) :])
+        )
 
     def number(self, argument: Any) -> sympy.Expr:
         """A scalar argument: Python number, or a node that yields one."""

@@ -29,7 +29,7 @@ class Exactness(IntEnum):
     INTEGER = 4  # equals the formula and is an integer
 
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _SAME_NAMES = """view reshape _unsafe_view flatten unflatten view_as reshape_as transpose permute t
 mT mH numpy_T swapaxes swapdims movedim moveaxis expand expand_as broadcast_to squeeze unsqueeze
 select slice narrow flip roll repeat repeat_interleave tile diagonal clone contiguous detach alias
@@ -106,8 +106,8 @@ class ExactnessOf:
             )
             if not whole:
                 return Exactness.ROUNDED
-            return Exactness.HALF_INTEGER if value.dtype in _HALF else Exactness.INTEGER
-        if name in _SUMS and value.dtype not in _HALF:
+            return Exactness.HALF_INTEGER if value.dtype in HALF else Exactness.INTEGER
+        if name in _SUMS and value.dtype not in HALF:
             terms = [arguments.get(key) for key in ("self", "prepend", "append")]
             whole = all(self(term) == Exactness.INTEGER for term in terms)
             return Exactness.INTEGER if whole else Exactness.ROUNDED
@@ -125,7 +125,7 @@ class ExactnessOf:
         """Of an argument after type promotion to `dtype`."""
         level = self(item)
         value = item.meta.get("val") if isinstance(item, fx.Node) else None
-        if dtype not in _HALF or not isinstance(value, torch.Tensor):
+        if dtype not in HALF or not isinstance(value, torch.Tensor):
             return level
         if value.dtype in (dtype, torch.bool):
             return level
@@ -138,7 +138,7 @@ class ExactnessOf:
             return Exactness.ROUNDED
         before = source.meta["val"].dtype
         level = self(source)
-        if value.dtype not in _HALF:
+        if value.dtype not in HALF:
             return (
                 level
                 if torch.promote_types(before, value.dtype) == value.dtype
@@ -158,7 +158,7 @@ class ExactnessOf:
         low = min(self._promoted(item, value.dtype) for item in items)
         if arguments.get("alpha", 1) != 1 or low < Exactness.SIGN:
             return Exactness.ROUNDED
-        if low == Exactness.INTEGER and value.dtype not in _HALF:
+        if low == Exactness.INTEGER and value.dtype not in HALF:
             return Exactness.INTEGER
         constants = [item for item in items if isinstance(item, (int, float))]
         if name == "aten::mul":

@@ -109,6 +109,22 @@ def by_cases(
     return join(condition, yes, no)
 
 
+def leaves(value: sympy.Expr) -> list[sympy.Expr]:
+    """What a number is in each of its cases.
+
+    Raises:
+        Opaque: Too many cases.
+    """
+    found: list[sympy.Expr] = []
+
+    def collect(leaf: sympy.Expr) -> sympy.Expr:
+        found.append(leaf)
+        return sympy.S.Zero
+
+    by_cases(collect, lambda *_: sympy.S.Zero, value)
+    return found
+
+
 def relate(relation: type[Relational], a: sympy.Expr, b: sympy.Expr) -> sympy.Basic:
     """The Boolean `relation(a, b)`, with cases moved out of it.
 

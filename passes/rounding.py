@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import sympy
 
 _FORMATS = {torch.float16: "e", torch.float32: "f", torch.float64: "d"}
 
@@ -22,6 +26,14 @@ def round_to(value: float, dtype: torch.dtype) -> float | None:
         return struct.unpack(_FORMATS[dtype], struct.pack(_FORMATS[dtype], value))[0]
     except OverflowError:
         return math.copysign(math.inf, value)
+
+
+def is_representable(value: sympy.Expr, dtype: torch.dtype) -> bool:
+    """True if `value` is a number that `dtype` holds exactly."""
+    if not value.is_number:
+        return False
+    number = float(value)
+    return round_to(number, dtype) == number
 
 
 def _to_bfloat16(value: float) -> float:

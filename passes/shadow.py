@@ -109,11 +109,11 @@ class _Recorder(fx.Interpreter):
         return fresh
 
     def _note(self, n: fx.Node, value: Any, last: fx.Node) -> None:
+        added = []
         node = last.next
         while node.op != "root":
             node.meta["dynamo"] = n
-            for written in mutated_arguments(node):  # the Dynamo node of the tensor has the new value
-                self.values.extend((d, node) for d, s in self.values[::-1] if s is written)
+            added.append(node)
             node = node.next
         if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat)):
             found = _compat.traced_node(value, self.tracer)
@@ -123,6 +123,9 @@ class _Recorder(fx.Interpreter):
                 if n.target in (torch.tensor, torch.as_tensor) and not n.all_input_nodes:
                     with _compat.paused_trace(), _compat.unset_fake():
                         self.constants[found] = torch.tensor(*n.args)
+        for node in added:
+            for written in mutated_arguments(node):  # the tensor's Dynamo node has the new value
+                self.values.extend((d, node) for d, s in self.values[::-1] if s is written)
 
 
 def _last_node(graph: fx.Graph) -> fx.Node:

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sparse_compile.passes.mutation import mutated_arguments, opaque
 from sparse_compile.passes.programs import Proven
 from sparse_compile.passes.rewrite import Replacement
-from sparse_compile.passes.shadow import Shadow, opaque
+from sparse_compile.passes.shadow import Shadow
 
 TOLERANCE = 1e-5  # casts to float32 inside the model leave errors of this order
 MAX_ELEMENTS = 2**24  # a larger score tensor is not built
@@ -40,8 +41,12 @@ def validate(proven: Proven, shadow: Shadow, replacement: Replacement) -> str:
     if proven.candidate.dropout_p:
         return "skipped: dropout is random"
     inputs = _Inputs(shadow)
+    runner = _Runner(inputs.of_shadow(proven))
     try:
-        original = _Runner(inputs.of_shadow(proven)).value(proven.candidate.out.node)
+        original = runner.value(proven.candidate.out.node)
+        inputs.shadow_values.update(
+            (node, value) for node, value in runner.values.items() if mutated_arguments(node)
+        )
     except Exception as error:
         return f"skipped: the original cannot be run on random inputs ({type(error).__name__})"
     try:

@@ -281,6 +281,23 @@ def test_half_precision_positions_decide_nothing() -> None:
     check(program, *inputs, loads=("ge",))
 
 
+def test_half_precision_is_not_forgotten_when_it_is_widened() -> None:
+    """Falcon rounds its ALiBi slopes to bfloat16 and then goes on in float32."""
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        slopes = torch.pow(0.7, torch.arange(1, 5)).bfloat16()
+        return (slopes[:, None] * torch.arange(x.shape[1]).float()) + 0.0
+
+    check(program, *SIZES, loads=("to",))
+
+
+def test_zero_and_one_survive_half_precision() -> None:
+    def program(m: torch.Tensor) -> torch.Tensor:
+        return ((1.0 - m.to(torch.bfloat16)) * -1024).float()
+
+    check(program, (torch.tensor([[True, False, True]]),), loads=("m_1",))
+
+
 def test_a_float_mask_is_inverted_exactly() -> None:
     def program(m: torch.Tensor) -> torch.Tensor:
         return (1.0 - m).to(torch.bool)

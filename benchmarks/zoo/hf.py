@@ -84,10 +84,11 @@ def build(kind: str, attention: str, *, padded: bool, head: str | None = None) -
         config = shrink(config_class, **OVERRIDES.get(kind, {}))
         model_class = getattr(transformers, head) if head else _base_class(config_class)
         make = partial(_make, model_class, config, attention)
-        model = stirred(make, lambda model: first_that_runs(model, padded))
+        inputs = first_that_runs(make(), padded)
+        model = stirred(make, (), inputs)
     except Exception as error:  # hundreds of architectures refuse in as many ways
         raise UnavailableError(f"{kind}: {type(error).__name__}: {error}") from error
-    return model, (), first_that_runs(model, padded)
+    return model, (), inputs
 
 
 def _make(model_class: Any, config: Any, attention: str) -> nn.Module:
