@@ -11,7 +11,7 @@ from torch import fx
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.shapes import shape_of
 
-SOFTMAX = frozenset("softmax _softmax _safe_softmax special_softmax".split())
+SOFTMAX = frozenset(["softmax", "_softmax", "_safe_softmax", "special_softmax"])
 FUSED = "scaled_dot_product_attention"
 EPSILON = 1e-5  # a smaller addend of a softmax's denominator is taken for rounding protection
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sympy
-from torch import fx
 
 from sparse_compile.ir import Reason
 from sparse_compile.passes.axes import Axis, Layout, axes_of, resolve
+
+if TYPE_CHECKING:
+    from torch import fx
 
 StepKind = Literal[
     "mul", "div", "add", "sub", "rsub", "fill", "where", "unary", "min", "max", "sink", "cast"

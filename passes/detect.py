@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
@@ -31,8 +32,10 @@ from sparse_compile.passes.axes import (
 from sparse_compile.passes.candidates import Candidate, Declined, NotASite, Step, Tensor
 from sparse_compile.passes.mutation import storage_root
 from sparse_compile.passes.score_walk import ScorePath, scalar, score_paths
-from sparse_compile.passes.shadow import Shadow
 from sparse_compile.passes.shapes import expression, shape_of
+
+if TYPE_CHECKING:
+    from sparse_compile.passes.shadow import Shadow
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ def _candidate(
         raise Declined("sink-kept", "a concatenated logit is multiplied with a row of V")
     if ahead.dropped_keys:
         if not has_sink:
-            raise Declined("keys-dropped", "attention weights are cut off before the product with V")
+            raise Declined(
+                "keys-dropped", "attention weights are cut off before the product with V"
+            )
         unify(ahead.keys, path.keys)
     steps = _without_cancelling(path.steps, set(resolve(path.keys)))
     if anchor.keep is not None:
@@ -315,7 +320,7 @@ def _reaches_sum(
     return any(_reaches_sum(u, user, after or layout, keys, depth - 1) for u in user.users)
 
 
-_ELEMENTWISE = frozenset("mul div masked_fill where nan_to_num add sub".split())
+_ELEMENTWISE = frozenset(["mul", "div", "masked_fill", "where", "nan_to_num", "add", "sub"])
 
 
 def _dropout(node: fx.Node, so_far: float) -> float:
@@ -416,7 +421,17 @@ def _looks_like_scores(logits: fx.Node) -> bool:
 
 
 _STOPS = frozenset(
-    "linear conv1d conv2d conv3d convolution layer_norm embedding gather topk".split()
+    [
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "layer_norm",
+        "embedding",
+        "gather",
+        "topk",
+    ]
 )
 
 

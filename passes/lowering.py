@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import sympy
@@ -14,11 +14,13 @@ from sparse_compile import expressions as ex
 from sparse_compile.evaluation import Source as OperandSource
 from sparse_compile.evaluation import evaluate
 from sparse_compile.expressions import Load
-from sparse_compile.ir import KernelPlan, ScoreProgram
 from sparse_compile.passes.axes import Axis, size_of
-from sparse_compile.passes.emit import Emitter
 from sparse_compile.passes.lower_flex import emit_flex
 from sparse_compile.passes.programs import Factor, OperandRef, Proven, Source
+
+if TYPE_CHECKING:
+    from sparse_compile.ir import KernelPlan, ScoreProgram
+    from sparse_compile.passes.emit import Emitter
 
 PROGRAM_OP = torch.ops.sparse_compile
 

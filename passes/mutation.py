@@ -41,7 +41,7 @@ def _aliased_argument(node: fx.Node) -> fx.Node | None:
     return None
 
 
-_MAY_ALIAS = frozenset("reshape contiguous to flatten type_as".split())
+_MAY_ALIAS = frozenset(["reshape", "contiguous", "to", "flatten", "type_as"])
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
@@ -99,11 +99,30 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def overwritten(shadow: Shadow, reads: Iterable[fx.Node], out: fx.Node) -> fx.Node | None:
-    """The first of `reads` that is written into after it was computed and before `out`."""
-    found = shadow.writes
+    """The first of `reads` that is written into after the model read it and before `out`.
+
+    A replacement reads its inputs in front of `out`, later than the model did.
+    """
+    end = shadow.positions[out]
     for node in reads:
-        start, end = shadow.positions[node], shadow.positions[out]
-        for write in found.get(storage_root(node), ()):
-            if start < shadow.positions[write] < end:
-                return node
+        found = shadow.writes.get(storage_root(node), ())
+        if not found:
+            continue
+        start = _first_read(node, shadow)
+        if any(start < shadow.positions[write] < end for write in found):
+            return node
     return None
+
+
+def _first_read(node: fx.Node, shadow: Shadow) -> int:
+    """The position of the first operator that computes something from a node or a view of it."""
+    first = len(shadow.positions)
+    pending = [node]
+    while pending:
+        source = pending.pop()
+        for user in source.users:
+            if _is_view(user):
+                pending.append(user)
+            elif source not in mutated_arguments(user):
+                first = min(first, shadow.positions.get(user, first))
+    return first

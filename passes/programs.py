@@ -91,7 +91,7 @@ class _Builder:
     items: list[tuple[str, Any]] = field(default_factory=list)
     transforms: list[ir.ScoreTransform] = field(default_factory=list)
     q_factors: list[Factor] = field(default_factory=list)
-    scale: sympy.Expr = sympy.Integer(1)
+    scale: sympy.Expr = field(default_factory=lambda: sympy.Integer(1))
     sink: sympy.Expr | None = None
     opaque_mask: bool = False
 
@@ -421,7 +421,7 @@ def _weight(builder: _Builder, step: Step) -> sympy.Expr:
     if step.kind == "fill":
         keep = _boolean(value)
         return ex.Truth(keep if step.keep_if else sympy.Not(keep))
-    if value.is_Boolean or isinstance(value, sympy.logic.boolalg.Boolean) and not value.is_Symbol:
+    if value.is_Boolean or (isinstance(value, sympy.logic.boolalg.Boolean) and not value.is_Symbol):
         value = ex.Truth(value)
     return 1 / value if step.kind == "div" else value
 

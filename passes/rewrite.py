@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -21,8 +21,10 @@ from sparse_compile.passes.candidates import Declined
 from sparse_compile.passes.emit import Emitter
 from sparse_compile.passes.lowering import lower
 from sparse_compile.passes.mutation import overwritten
-from sparse_compile.passes.programs import Proven
-from sparse_compile.passes.shadow import Shadow
+
+if TYPE_CHECKING:
+    from sparse_compile.passes.programs import Proven
+    from sparse_compile.passes.shadow import Shadow
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,17 @@ def _undo(emitter: Emitter) -> None:
 
 
 _MOVES = frozenset(
-    "view reshape permute transpose contiguous flatten unflatten unsqueeze squeeze".split()
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+    ]
 )
 
 

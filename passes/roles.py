@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compile import expressions as ex
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import (
     Axis,
@@ -26,7 +27,6 @@ from sparse_compile.passes.axes import (
 )
 from sparse_compile.passes.candidates import Candidate, Tensor
 from sparse_compile.passes.score_walk import scalar
-from sparse_compile import expressions as ex
 from sparse_compile.passes.shapes import shape_of
 
 
@@ -77,8 +77,9 @@ def sources(tensor: Tensor, *, fold_factors: bool) -> list[Source]:
     factor: sympy.Expr = sympy.Integer(1)
     node, layout = tensor.node, tensor.layout
     while True:
-        for node, layout in voc.peel(node, layout):
-            found.append(Source(Tensor(node, layout), factor, node.meta["val"].dtype))
+        for view, own in voc.peel(node, layout):
+            found.append(Source(Tensor(view, own), factor, view.meta["val"].dtype))
+        node, layout = found[-1].tensor.node, found[-1].tensor.layout
         inner = _through_factor(node, layout) if fold_factors else None
         if inner is not None:
             node, layout, by = inner

@@ -24,7 +24,9 @@ from sparse_compile.passes.candidates import Step, Tensor
 from sparse_compile.passes.shapes import shape_of
 
 MAX_STEPS = 64
-UNARY = frozenset("tanh sigmoid relu exp log abs neg square sqrt sign softplus".split())
+UNARY = frozenset(
+    ["tanh", "sigmoid", "relu", "exp", "log", "abs", "neg", "square", "sqrt", "sign", "softplus"]
+)
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def _concatenated_sink(state: _State) -> Iterator[_State]:
         return
     wide = [part for part in parts if shape_of(part)[dim] != 1]
     narrow = [part for part in parts if shape_of(part)[dim] == 1]
-    if len(wide) != 1 or parts[0] is not wide[0] and parts[-1] is not wide[0]:
+    if len(wide) != 1 or (parts[0] is not wide[0] and parts[-1] is not wide[0]):
         return
     inner = new_axes(shape_of(wide[0])[dim], "s")
     layout = (*state.layout[:dim], inner, *state.layout[dim + 1 :])

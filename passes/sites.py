@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import sympy
 import torch
 from torch import fx
@@ -9,16 +11,20 @@ from torch import fx
 from sparse_compile import ir
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import size_of
-from sparse_compile.passes.detect import Found
 from sparse_compile.passes.mutation import mutated_arguments, storage_root
-from sparse_compile.passes.programs import OperandRef, Proven
 from sparse_compile.passes.roles import index_map
-from sparse_compile.passes.shadow import Shadow
+
+if TYPE_CHECKING:
+    from sparse_compile.passes.detect import Found
+    from sparse_compile.passes.programs import OperandRef, Proven
+    from sparse_compile.passes.shadow import Shadow
 
 _ONE = sympy.Integer(1)
 
 
-def site_of(found: Found, name: str, source: str, shadow: Shadow, proven: Proven | None = None) -> ir.AttentionSite:
+def site_of(
+    found: Found, name: str, source: str, shadow: Shadow, proven: Proven | None = None
+) -> ir.AttentionSite:
     """Describe a site; without a proof only its place and the reason for declining are known."""
     value = found.anchor.meta.get("val")
     dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""

@@ -7,16 +7,18 @@ float64 wherever the operators allow it. A proof that is wrong shows as a differ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from sparse_compile.passes.mutation import mutated_arguments, opaque
-from sparse_compile.passes.programs import Proven
-from sparse_compile.passes.rewrite import Replacement
-from sparse_compile.passes.shadow import Shadow
+
+if TYPE_CHECKING:
+    from sparse_compile.passes.programs import Proven
+    from sparse_compile.passes.rewrite import Replacement
+    from sparse_compile.passes.shadow import Shadow
 
 TOLERANCE = 1e-5  # casts to float32 inside the model leave errors of this order
 MAX_ELEMENTS = 2**24  # a larger score tensor is not built

@@ -15,7 +15,6 @@ from sparse_compile.passes.axes import (
     Axis,
     AxisMismatch,
     Layout,
-    axes_of,
     drop_expanded,
     drop_repeated,
     new_axes,
@@ -25,10 +24,22 @@ from sparse_compile.passes.axes import (
 from sparse_compile.passes.shapes import expression, shape_of
 
 RESHAPES = frozenset(
-    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_copy _reshape_alias".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "view_copy",
+        "_reshape_alias",
+    ]
 )
-SAME = frozenset("contiguous clone alias lift_fresh lift_fresh_copy view_as_real_".split())
-CASTS = frozenset("to _to_copy type_as float half bfloat16 double convert_element_type".split())
+SAME = frozenset(["contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "view_as_real_"])
+CASTS = frozenset(
+    ["to", "_to_copy", "type_as", "float", "half", "bfloat16", "double", "convert_element_type"]
+)
 
 
 def op_name(node: fx.Node) -> str:
@@ -122,7 +133,9 @@ def _unview_interleave(
 ) -> tuple[fx.Node, Layout] | None:
     dim = argument(node, 2, "dim")
     shape = shape_of(source)
-    if dim is None or isinstance(argument(node, 1, "repeats"), fx.Node) and is_tensor(node.args[1]):
+    if dim is None or (
+        isinstance(argument(node, 1, "repeats"), fx.Node) and is_tensor(node.args[1])
+    ):
         return None
     dim = dim % len(shape)
     total = shape_of(node)[dim]

@@ -8,13 +8,12 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from torch import fx
 
 from sparse_compile import _compat, ir
-from sparse_compile.config import Config
 from sparse_compile.inspect.report import (
     GraphReport,
     GraphSlice,
@@ -33,6 +32,9 @@ from sparse_compile.passes.shadow import Shadow, build_shadow
 from sparse_compile.passes.sites import site_of
 from sparse_compile.passes.validate import validate
 from sparse_compile.planner import plan
+
+if TYPE_CHECKING:
+    from sparse_compile.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +142,13 @@ def _name(target: Any) -> str:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph with its nodes' metadata."""
     fresh = fx.Graph()
     fresh.output(fresh.graph_copy(graph, {}))
     return fresh
 
 
-class _ValidationFailed(Exception):  # noqa: N818 - caught right here
+class _ValidationFailed(Exception):
     """Sites whose replacement differs from the original, with the verdicts."""
 
     def __init__(self, sites: dict[str, str]) -> None:
@@ -264,7 +267,7 @@ def _validated(jobs: Sequence[_Work], shadow: Shadow) -> Iterator[tuple[str, str
 def _report(item: _Work) -> SiteReport:
     after = GraphSlice()
     if item.replacement is not None and item.site.reason is None:
-        after = _slice_of(item.replacement.new, {node: "new" for node in item.replacement.new})
+        after = _slice_of(item.replacement.new, dict.fromkeys(item.replacement.new, "new"))
     return SiteReport.from_site(
         item.site, item.plan, before=item.before, after=after, validation=item.validation
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import sympy
 import torch
 
@@ -9,7 +11,9 @@ from sparse_compile import expressions as ex
 from sparse_compile.expressions import Load
 from sparse_compile.ir import KernelPlan
 from sparse_compile.passes.lower_flex import flex_supported
-from sparse_compile.passes.programs import Proven
+
+if TYPE_CHECKING:
+    from sparse_compile.passes.programs import Proven
 
 FUSED_GQA = (torch.float16, torch.bfloat16)  # dtypes whose fused CUDA kernels take fewer KV heads
 

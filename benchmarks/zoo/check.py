@@ -53,6 +53,12 @@ class Outcome:
         return 0 if "ambiguous" in self.tags else max(0, self.rewritten - self.true_sites)
 
     @property
+    def missed(self) -> int:
+        """Sites left alone although nothing forces that: no weights returned or mixed over heads."""
+        forced = min(self.escaped, self.declined.get("weights-escape", 0)) + self.mixed
+        return max(0, self.true_sites - self.rewritten - forced)
+
+    @property
     def wrong(self) -> bool:
         """Whether outputs or gradients differ from eager's."""
         errors = (self.relative_error, self.gradient_error)
@@ -63,7 +69,7 @@ class Outcome:
         found = [self.error, *self.pass_errors]
         if self.false_positives:
             found.append(f"{self.false_positives} false positives")
-        if self.rewritten < self.true_sites and not {"declinable", "ambiguous"} & set(self.tags):
+        if self.missed and not {"declinable", "ambiguous"} & set(self.tags):
             found.append(f"{self.rewritten} of {self.true_sites} sites replaced: {self.reasons}")
         if self.wrong:
             found.append(f"error {self.relative_error}, of gradients {self.gradient_error}")
@@ -71,7 +77,12 @@ class Outcome:
 
     def to_builtins(self) -> dict[str, Any]:
         """Plain JSON types, with the derived values."""
-        return {**asdict(self), "false_positives": self.false_positives, "wrong": self.wrong}
+        return {
+            **asdict(self),
+            "false_positives": self.false_positives,
+            "missed": self.missed,
+            "wrong": self.wrong,
+        }
 
 
 def check(entry: Entry, *, train: bool = False, options: dict[str, Any] | None = None) -> Outcome:
@@ -174,7 +185,9 @@ def gradient_error(entry: Entry, options: dict[str, Any] | None = None) -> float
 
 def _gradients(entry: Entry, wrap: Callable[[nn.Module], Callable]) -> list[Tensor | None]:
     model, args, kwargs = entry.build()
-    inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+    inputs = [
+        a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()
+    ]
     for tensor in inputs:
         tensor.requires_grad_(True)
     torch.manual_seed(SEED)
@@ -220,7 +233,9 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _short(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in frames[::-1])
+    where = " < ".join(
+        f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in frames[::-1]
+    )
     return f"{type(error).__name__}: {str(error).strip()[:400]} @ {where}"
 
 

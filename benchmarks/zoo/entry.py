@@ -50,6 +50,7 @@ class Catalogue:
     """Entries of one package, collected by a decorator on the functions that make them."""
 
     def __init__(self, package: str) -> None:
+        """An empty list of entries."""
         self.package = package
         self.entries: list[Entry] = []
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from benchmarks.zoo import forms, hf, third_party
-from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.negatives import negatives
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Entry
 
 
 def entries(packages: Iterable[str] = (), pattern: str = "") -> Iterator[Entry]:

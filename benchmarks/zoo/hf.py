@@ -114,5 +114,3 @@ def _head_name(kind: str) -> str | None:
         if isinstance(name, str) and name != base:
             return name
     return None
-
-

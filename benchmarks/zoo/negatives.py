@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Built
 from benchmarks.zoo.forms.parts import BATCH, HEAD_DIM, HEADS, TOKENS, WIDTH, Forms, sequence
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Built
 
 negatives = Forms("negatives")
 
@@ -105,7 +109,10 @@ class _Router(nn.Module):
     def __init__(self, dense: bool) -> None:
         super().__init__()
         self.gate = nn.Linear(WIDTH, 4)
-        self.up, self.down = nn.Parameter(torch.randn(4, WIDTH, 16)), nn.Parameter(torch.randn(4, 16, WIDTH))
+        self.up, self.down = (
+            nn.Parameter(torch.randn(4, WIDTH, 16)),
+            nn.Parameter(torch.randn(4, 16, WIDTH)),
+        )
         self.dense = dense
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,7 +270,9 @@ class _Expectation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.heat(x).flatten(2).softmax(-1)
-        rows, columns = torch.meshgrid(torch.linspace(0, 1, 8), torch.linspace(0, 1, 8), indexing="ij")
+        rows, columns = torch.meshgrid(
+            torch.linspace(0, 1, 8), torch.linspace(0, 1, 8), indexing="ij"
+        )
         return maps @ torch.stack([rows.flatten(), columns.flatten()], dim=-1)
 
 

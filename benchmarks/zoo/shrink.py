@@ -94,7 +94,9 @@ PER_LAYER = (
     "layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "attention_layers",
     "layer_rope_theta", "indexer_types", "moe_layers", "block_types", "attention_types",
 )  # fmt: skip
-INDICES = r"\w*(indexes|indices|out_features|global_attn_\w+|mlp_only_layers|global_attention_blocks)"
+INDICES = (
+    r"\w*(indexes|indices|out_features|global_attn_\w+|mlp_only_layers|global_attention_blocks)"
+)
 
 
 def shrink(config_class: type, **overrides: Any) -> Any:
@@ -127,7 +129,13 @@ def _shrunk(
 ) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for key, value in values.items():
-        if key in {"transformers_version", "architectures", "torch_dtype", "dtype", "_name_or_path"}:
+        if key in {
+            "transformers_version",
+            "architectures",
+            "torch_dtype",
+            "dtype",
+            "_name_or_path",
+        }:
             continue
         small[key] = _value(key, value, rules, lists)
     _agree(values, small)

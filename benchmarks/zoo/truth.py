@@ -126,9 +126,11 @@ class _Tags:
 
     def any(self) -> bool:
         """Whether anything is known."""
-        return bool(
-            self.weights or self.powers or self.logs or self.sums or self.summed
-        ) or self.scored or self.outer
+        return (
+            bool(self.weights or self.powers or self.logs or self.sums or self.summed)
+            or self.scored
+            or self.outer
+        )
 
 
 class _Functions(TorchFunctionMode):
@@ -145,7 +147,9 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if getattr(func, "__name__", "") in FUSED:
             return self.values.fused(func, args, kwargs)
-        if name in PROJECTIONS or (name in {"matmul", "rmatmul", "mm", "addmm"} and _by_weight(args)):
+        if name in PROJECTIONS or (
+            name in {"matmul", "rmatmul", "mm", "addmm"} and _by_weight(args)
+        ):
             with self.values.projecting():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
@@ -301,10 +305,16 @@ class _Values(TorchDispatchMode):
             into = whole.weights.get(softmax)
             if into is None:
                 into = torch.empty_like(base, dtype=torch.int64).fill_(-1)
-            part = torch.as_strided(
-                into, target.size(), target.stride(),
-                target.storage_offset() - base.storage_offset(),
-            ) if into.stride() == base.stride() else None
+            part = (
+                torch.as_strided(
+                    into,
+                    target.size(),
+                    target.stride(),
+                    target.storage_offset() - base.storage_offset(),
+                )
+                if into.stride() == base.stride()
+                else None
+            )
             if part is not None:
                 part.copy_(tracer.expand(target.shape))
                 whole.weights[softmax] = into
@@ -411,7 +421,9 @@ def _moved(
         mine = getattr(known.get(id(tensor), _Tags()), slot).get(softmax)
         if mine is not None:
             return mine
-        return torch.full_like(tensor, -1, dtype=torch.int64) if tensor.is_floating_point() else tensor
+        return (
+            torch.full_like(tensor, -1, dtype=torch.int64) if tensor.is_floating_point() else tensor
+        )
 
     replaced, options = tree_map_only(Tensor, tracer_of, (args, kwargs))
     if func.__name__.startswith("constant_pad_nd"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Built
 from benchmarks.zoo.forms.parts import (
     BATCH,
     HEAD_DIM,
@@ -17,6 +18,9 @@ from benchmarks.zoo.forms.parts import (
     causal,
     sequence,
 )
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Built
 
 layouts = Forms("layouts")
 SCALE = HEAD_DIM**-0.5
@@ -195,9 +199,7 @@ class _SplitHeads(_Fused):
     """Heads stacked on the batch by `torch.cat` of chunks, as in the Tensor2Tensor ports."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            torch.cat(t.chunk(HEADS, dim=2), dim=0) for t in self.qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = (torch.cat(t.chunk(HEADS, dim=2), dim=0) for t in self.qkv(x).chunk(3, dim=-1))
         out = F.softmax(q @ k.mT * SCALE, dim=-1) @ v
         return self.proj(torch.cat(out.chunk(HEADS, dim=0), dim=2))
 
@@ -266,7 +268,9 @@ class _Latent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (HEADS, 12)).transpose(1, 2)
         latent, shared = self.down(x).split([16, 4], dim=-1)
-        k, v = self.up(self.norm(latent)).unflatten(-1, (HEADS, 14)).transpose(1, 2).split([8, 6], -1)
+        k, v = (
+            self.up(self.norm(latent)).unflatten(-1, (HEADS, 14)).transpose(1, 2).split([8, 6], -1)
+        )
         k = torch.cat([k, shared[:, None].expand(-1, HEADS, -1, -1)], dim=-1)
         scores = (q @ k.mT * 12**-0.5).masked_fill(~causal(), float("-inf"))
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))

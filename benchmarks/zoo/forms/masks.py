@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Built
 from benchmarks.zoo.forms.parts import (
     BATCH,
     HEAD_DIM,
@@ -18,6 +18,9 @@ from benchmarks.zoo.forms.parts import (
     causal,
     sequence,
 )
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Built
 
 masks = Forms("masks")
 SCALE = HEAD_DIM**-0.5

@@ -23,6 +23,7 @@ class Projected(nn.Module):
     """Linear projections to heads, a function of Q, K and V [B, H, T, D], and a projection back."""
 
     def __init__(self, attend: Attend, kv_heads: int = HEADS) -> None:
+        """Make the projections."""
         super().__init__()
         self.q = nn.Linear(WIDTH, WIDTH)
         self.k = nn.Linear(WIDTH, kv_heads * HEAD_DIM)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Built
 from benchmarks.zoo.forms.parts import HEAD_DIM, HEADS, TOKENS, Forms, Projected, causal, sequence
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Built
 
 spellings = Forms("forms")
 ROOT = math.sqrt(HEAD_DIM)

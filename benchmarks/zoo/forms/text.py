@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Built
 from benchmarks.zoo.forms.parts import BATCH, HEAD_DIM, HEADS, TOKENS, WIDTH, Forms, sequence
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Built
 
 text = Forms("text")
 VOCAB = 50
@@ -96,7 +99,9 @@ class _SeparateProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, c = x.size()
-        k, q, v = (p(x).view(b, t, HEADS, -1).transpose(1, 2) for p in (self.key, self.query, self.value))
+        k, q, v = (
+            p(x).view(b, t, HEADS, -1).transpose(1, 2) for p in (self.key, self.query, self.value)
+        )
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.mask[:, :, :t, :t] == 0, -1e10)
         y = F.softmax(att, dim=-1) @ v
@@ -206,7 +211,10 @@ class _Rotary(nn.Module):
         angle = place[:, None] * 100.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         angle = torch.cat([angle, angle], dim=-1)[None, :, None]
         q, k = (_rotate(y, angle.cos(), angle.sin()) for y in (self.q_norm(q), self.k_norm(k)))
-        k, v = (y[:, :, :, None].expand(b, t, 2, 2, HEAD_DIM).reshape(b, t, HEADS, HEAD_DIM) for y in (k, v))
+        k, v = (
+            y[:, :, :, None].expand(b, t, 2, 2, HEAD_DIM).reshape(b, t, HEADS, HEAD_DIM)
+            for y in (k, v)
+        )
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(HEAD_DIM)
         keep = place[:, None] >= place[None, :]
@@ -234,10 +242,14 @@ class _Complex(_Rotary):
         b, t, _ = x.shape
         q = self.wq(x).view(b, t, HEADS, HEAD_DIM)
         k, v = self.wkv(x).view(b, t, 2, HEADS // 2, HEAD_DIM).unbind(2)
-        angle = torch.outer(torch.arange(t).float(), 100.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+        angle = torch.outer(
+            torch.arange(t).float(), 100.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        )
         turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]
         q, k = (
-            torch.view_as_real(torch.view_as_complex(y.reshape(*y.shape[:-1], -1, 2)) * turn).flatten(3)
+            torch.view_as_real(
+                torch.view_as_complex(y.reshape(*y.shape[:-1], -1, 2)) * turn
+            ).flatten(3)
             for y in (q, k)
         )
         k, v = (torch.repeat_interleave(y, 2, dim=2) for y in (k, v))
@@ -256,7 +268,10 @@ class _Cached(_SeparateProjections):
     """Decoding one token over keys of the past."""
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
+        q, k, v = (
+            p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for p in (self.query, self.key, self.value)
+        )
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         t, s = q.shape[2], k.shape[2]
         scores = q @ k.mT / math.sqrt(HEAD_DIM)
@@ -278,7 +293,10 @@ class _Written(_SeparateProjections):
     """A cache of fixed size, written in place, with a device-side position."""
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
+        q, k, v = (
+            p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for p in (self.query, self.key, self.value)
+        )
         keys, values = keys.clone(), values.clone()
         keys[:, :, place] = k
         values[:, :, place] = v
@@ -298,10 +316,11 @@ class _Shifted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.kv, self.r = (
-            nn.Linear(WIDTH, n * WIDTH, bias=False) for n in (1, 2, 1)
+        self.q, self.kv, self.r = (nn.Linear(WIDTH, n * WIDTH, bias=False) for n in (1, 2, 1))
+        self.u, self.w = (
+            nn.Parameter(torch.randn(HEADS, HEAD_DIM)),
+            nn.Parameter(torch.randn(HEADS, HEAD_DIM)),
         )
-        self.u, self.w = nn.Parameter(torch.randn(HEADS, HEAD_DIM)), nn.Parameter(torch.randn(HEADS, HEAD_DIM))
 
     def forward(self, x: Tensor, memory: Tensor, places: Tensor) -> Tensor:
         context = torch.cat([memory, x], dim=0)
@@ -337,9 +356,11 @@ def _torch_encoder_layer() -> Built:
 def _torch_encoder_causal() -> Built:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, norm_first=True)
     mask = nn.Transformer.generate_square_subsequent_mask(TOKENS)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (
-        torch.randn(TOKENS, BATCH, WIDTH), mask
-    ), {"is_causal": True}
+    return (
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        (torch.randn(TOKENS, BATCH, WIDTH), mask),
+        {"is_causal": True},
+    )
 
 
 @text.add()

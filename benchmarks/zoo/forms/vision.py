@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Built
 from benchmarks.zoo.forms.parts import BATCH, HEAD_DIM, HEADS, TOKENS, WIDTH, Forms, sequence
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Built
 
 vision = Forms("vision")
 SCALE = HEAD_DIM**-0.5
@@ -23,7 +27,11 @@ class _NonLocal(nn.Module):
 
     def __init__(self, last: bool) -> None:
         super().__init__()
-        self.q, self.k, self.v = nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.q, self.k, self.v = (
+            nn.Conv2d(WIDTH, 8, 1),
+            nn.Conv2d(WIDTH, 8, 1),
+            nn.Conv2d(WIDTH, WIDTH, 1),
+        )
         self.gamma = nn.Parameter(torch.full((1,), 0.5))
         self.last = last
 
@@ -164,7 +172,9 @@ class _Windows(nn.Module):
         self.shift, self.window = shift, window
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.table = nn.Parameter(torch.randn((2 * window - 1) ** 2, HEADS))
-        grid = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
+        grid = torch.stack(
+            torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        )
         gap = grid.flatten(1)[:, :, None] - grid.flatten(1)[:, None, :] + window - 1
         self.register_buffer("index", gap[0] * (2 * window - 1) + gap[1])
 
@@ -198,7 +208,9 @@ class _Windows(nn.Module):
             scores = scores.view(-1, count, HEADS, n, n) + mask.unsqueeze(1).unsqueeze(0)
             scores = scores.view(-1, HEADS, n, n)
         out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, n, c)
-        out = self.proj(out).view(b, side // self.window, side // self.window, self.window, self.window, c)
+        out = self.proj(out).view(
+            b, side // self.window, side // self.window, self.window, self.window, c
+        )
         out = out.permute(0, 1, 3, 2, 4, 5).reshape(b, side, side, c)
         return torch.roll(out, (self.shift, self.shift), (1, 2)) if self.shift else out
 
@@ -293,7 +305,10 @@ class _Latents(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         latents = self.latents[None].repeat(x.shape[0], 1, 1)
         q = self.q(latents).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.kv(torch.cat([x, latents], 1)).chunk(2, -1))
+        k, v = (
+            t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for t in self.kv(torch.cat([x, latents], 1)).chunk(2, -1)
+        )
         scores = torch.einsum("bhid,bhjd->bhij", q * SCALE, k)
         scores = scores - scores.amax(dim=-1, keepdim=True).detach()
         return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v).transpose(1, 2).flatten(2)
@@ -314,7 +329,9 @@ class _Reduced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
-        small = self.sr(x.transpose(1, 2).reshape(b, c, SIDE, SIDE)).reshape(b, c, -1).transpose(1, 2)
+        small = (
+            self.sr(x.transpose(1, 2).reshape(b, c, SIDE, SIDE)).reshape(b, c, -1).transpose(1, 2)
+        )
         q = self.q(x).reshape(b, n, HEADS, -1).permute(0, 2, 1, 3)
         k, v = self.kv(self.norm(small)).reshape(b, -1, 2, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
         return ((q @ k.transpose(-2, -1)) * SCALE).softmax(-1).matmul(v).transpose(1, 2).flatten(2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.third_party.spec import image, noise, row, tokens
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Entry
 
 VIT: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 32, "depth": 2, "heads": 2,
@@ -43,7 +45,14 @@ def vit_entries() -> Iterator[Entry]:
         if module in {"simple_vit_with_qk_norm", "simple_flash_attn_vit"}:
             extra["use_flash"] = False
         tags = ("declinable",) if name == "DeepViT" else ()
-        yield row("vit-pytorch", module, f"vit_pytorch.{module}:{name}", {**SMALL, **extra}, image(), *tags)
+        yield row(
+            "vit-pytorch",
+            module,
+            f"vit_pytorch.{module}:{name}",
+            {**SMALL, **extra},
+            image(),
+            *tags,
+        )
     yield from _staged()
 
 
@@ -74,14 +83,28 @@ def _staged() -> Iterator[Entry]:
     )  # fmt: skip
     for module, name, arguments, inputs, tags in rows:
         if module != "efficient":
-            yield row("vit-pytorch", module, f"vit_pytorch.{module}:{name}", arguments, inputs, *tags)
+            yield row(
+                "vit-pytorch", module, f"vit_pytorch.{module}:{name}", arguments, inputs, *tags
+            )
     yield row("vit-pytorch", "vit_1d", "vit_pytorch.vit_1d:ViT",
               {"seq_len": 64, "patch_size": 8, "num_classes": 10, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 64},
               noise((2, 3, 64)))  # fmt: skip
-    yield row("vit-pytorch", "vit_3d", "vit_pytorch.vit_3d:ViT", {**VOLUME, "depth": 2}, noise((2, 3, 4, 16, 16)))
+    yield row(
+        "vit-pytorch",
+        "vit_3d",
+        "vit_pytorch.vit_3d:ViT",
+        {**VOLUME, "depth": 2},
+        noise((2, 3, 4, 16, 16)),
+    )
     yield row("vit-pytorch", "vivit", "vit_pytorch.vivit:ViViT",
               {**VOLUME, "spatial_depth": 1, "temporal_depth": 1}, noise((2, 3, 4, 16, 16)))  # fmt: skip
-    yield row("vit-pytorch", "simple_vit_3d", "vit_pytorch.simple_vit_3d:SimpleViT", {**VOLUME, "depth": 2}, noise((2, 3, 4, 16, 16)))
+    yield row(
+        "vit-pytorch",
+        "simple_vit_3d",
+        "vit_pytorch.simple_vit_3d:SimpleViT",
+        {**VOLUME, "depth": 2},
+        noise((2, 3, 4, 16, 16)),
+    )
 
 
 X_FLAGS: dict[str, dict[str, Any]] = {
@@ -140,7 +163,9 @@ def x_entries() -> Iterator[Entry]:
         def make() -> dict[str, Any]:
             from x_transformers import Decoder, Encoder
 
-            layers = (Decoder if causal else Encoder)(dim=32, depth=2, heads=2, attn_dim_head=16, **flags)
+            layers = (Decoder if causal else Encoder)(
+                dim=32, depth=2, heads=2, attn_dim_head=16, **flags
+            )
             return {"num_tokens": 50, "max_seq_len": 16, "attn_layers": layers}
 
         return make
@@ -149,7 +174,16 @@ def x_entries() -> Iterator[Entry]:
         tags = ("declinable",) if name in X_DECLINABLE else ()
         yield row("x-transformers", f"decoder-{name}", "x_transformers:TransformerWrapper",
                   arguments(flags, True), tokens(12), *tags)  # fmt: skip
-    for name in ("plain", "alibi", "t5-bias", "qk-norm", "memory-kv", "rotary", "flash", "dynamic-bias"):
+    for name in (
+        "plain",
+        "alibi",
+        "t5-bias",
+        "qk-norm",
+        "memory-kv",
+        "rotary",
+        "flash",
+        "dynamic-bias",
+    ):
         yield row("x-transformers", f"encoder-{name}", "x_transformers:TransformerWrapper",
                   arguments(X_FLAGS[name], False), _with_mask)  # fmt: skip
 
@@ -167,7 +201,13 @@ LM: dict[str, Any] = {"num_tokens": 50, "dim": 32, "max_seq_len": 32}
 def sister_entries() -> Iterator[Entry]:
     """One or a few entries for each of the smaller packages."""
     sequence, ids = noise((2, 16, 32)), tokens(16)
-    latent = {"num_latents": 6, "latent_dim": 32, "latent_heads": 2, "latent_dim_head": 16, "cross_dim_head": 16}
+    latent = {
+        "num_latents": 6,
+        "latent_dim": 32,
+        "latent_heads": 2,
+        "latent_dim_head": 16,
+        "cross_dim_head": 16,
+    }
     rows: tuple[tuple[str, str, str, dict[str, Any], Any, tuple[str, ...]], ...] = (
         ("perceiver-pytorch", "perceiver", "perceiver_pytorch:Perceiver", {**latent, "num_freq_bands": 2, "depth": 2, "max_freq": 4.0, "num_classes": 10}, noise((2, 8, 8, 3)), ()),
         ("perceiver-pytorch", "perceiver-io", "perceiver_pytorch:PerceiverIO", {**latent, "depth": 1, "dim": 32, "queries_dim": 24, "logits_dim": 5}, _perceiver_io, ()),
