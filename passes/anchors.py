@@ -26,7 +26,8 @@ class Anchor:
     inner: frozenset[fx.Node] = frozenset()  # what computes the softmax by hand
     sink: sympy.Expr | None = None  # a constant logit in the denominator
     safe: bool = False  # rows without any key give zeros
-    keep: fx.Node | None = None  # exp(logits) was multiplied by this 0/1 mask
+    keep: fx.Node | None = None  # exp(logits) was zeroed by this mask
+    keep_if: bool = True  # the truth value of `keep` at which a key is kept
     divided: fx.Node | None = None  # where the division comes after the product with V: its node
 
 
@@ -91,7 +92,7 @@ def _normalised_exp(node: fx.Node) -> Iterator[Anchor]:
         return
     weights = total.args[0]
     assert isinstance(weights, fx.Node)
-    exp, keep = _unmasked(weights)
+    exp, keep, keep_if = _unmasked(weights)
     dim = _single_dim(total)
     if dim is None or (voc.op_name(exp) != "exp" and voc.op_name(exp) not in SOFTMAX):
         return
@@ -103,13 +104,14 @@ def _normalised_exp(node: fx.Node) -> Iterator[Anchor]:
         divided = node
     elif not _keeps_place(denominator, node, dim):
         return
-    logits, sink = _logits_and_sink(exp, addend)
-    if logits is None:
+    logits, sink = _logits_and_sink(exp, addend, dim)
+    if logits is None or not all(_protects(node, exp, dim) for node in between):
         return
     inner = {exp, total, numerator, *between} - {node, weights if divided is not None else node}
+    safe = any(voc.op_name(part) in ("clamp", "clamp_min") for part in between)
     yield Anchor(
         weights if divided is not None else node, logits, dim, frozenset(inner), sink,
-        keep=keep, divided=divided,
+        safe=safe, keep=keep, keep_if=keep_if, divided=divided,
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def _sum_and_addend(
 
 
 def _logits_and_sink(
-    exp: fx.Node, addend: object | None
+    exp: fx.Node, addend: object | None, dim: int
 ) -> tuple[fx.Node | None, sympy.Expr | None]:
     """The logits behind an exponential, and the constant logit that an addend stands for."""
     logits = exp.args[0]
@@ -155,24 +157,36 @@ def _logits_and_sink(
     value = voc.number(addend)
     if value is None or value < 0:
         return None, None
-    if _is_max(shift):
+    if _is_max(exp, dim):
         return (logits, None) if value <= EPSILON else (None, None)
+    if shift is not None and value != 0:
+        return None, None
     return logits, (sympy.log(value) if value > 0 else None)
 
 
-def _unmasked(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """`exp(x) * m` as `exp(x)` and the mask `m`, where `m` was a Boolean tensor."""
+def _unmasked(node: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
+    """`exp(x) * m` or `exp(x).masked_fill(m, 0)`: the exponential, the mask and what it keeps."""
     if voc.plain_name(node) == "masked_fill" and voc.number(node.args[2]) == 0:
-        return node, None
+        return node.args[0], node.args[1], False  # type: ignore[return-value]
     if voc.plain_name(node) != "mul":
-        return node, None
+        return node, None, True
     for exp, mask in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
         powers = isinstance(exp, fx.Node) and (
             voc.op_name(exp) == "exp" or voc.op_name(exp) in SOFTMAX
         )
         if powers and isinstance(mask, fx.Node):
-            return exp, mask  # type: ignore[return-value]
-    return node, None
+            return exp, mask, True  # type: ignore[return-value]
+    return node, None, True
+
+
+def _protects(node: fx.Node, exp: fx.Node, dim: int) -> bool:
+    """Whether a bound of the denominator, if `node` is one, never counts."""
+    if voc.op_name(node) not in ("clamp", "clamp_min"):
+        return True
+    low, high = voc.number(voc.argument(node, 1, "min")), voc.argument(node, 2, "max")
+    if low is None or high is not None:
+        return False
+    return bool(low <= EPSILON) or (bool(low <= 1) and _is_max(exp, dim))
 
 
 def _strip(node: fx.Node, names: tuple[str, ...]) -> tuple[fx.Node, list[fx.Node]]:
@@ -203,9 +217,16 @@ def _keeps_place(reduced: fx.Node, whole: fx.Node, dim: int) -> bool:
     )
 
 
-def _is_max(value: object) -> bool:
-    while isinstance(value, fx.Node) and (
-        voc.op_name(value) in ("detach", "unsqueeze") or voc.op_name(value) == ""
+def _is_max(exp: fx.Node, dim: int) -> bool:
+    """Whether `exp` is `exp(x - max(x, dim))`, so that its sum over `dim` is at least 1."""
+    shifted = exp.args[0]
+    if not isinstance(shifted, fx.Node) or voc.op_name(shifted) != "sub":
+        return False
+    logits, top = shifted.args[0], shifted.args[1]
+    while isinstance(top, fx.Node) and (
+        voc.op_name(top) in ("detach", "unsqueeze") or voc.op_name(top) == ""
     ):
-        value = value.args[0] if value.args else None
-    return isinstance(value, fx.Node) and voc.op_name(value) in ("amax", "max")
+        top = top.args[0] if top.args else None
+    if not isinstance(top, fx.Node) or voc.op_name(top) not in ("amax", "max"):
+        return False
+    return top.args[0] is logits and len(top.args) > 1 and _single_dim(top) == dim

@@ -13,6 +13,8 @@ from sparse_compile.passes.axes import Axis, Layout, axes_of, resolve
 if TYPE_CHECKING:
     from torch import fx
 
+DROPPED = -1e4  # a fill at or below this leaves a key no weight, unless all keys have it
+
 StepKind = Literal[
     "mul", "div", "add", "sub", "rsub", "fill", "where", "unary", "min", "max", "sink", "cast"
 ]
@@ -79,6 +81,11 @@ class Candidate:
     factor: sympy.Expr = field(default_factory=lambda: sympy.Integer(1))  # of SDPA itself
     region: frozenset[fx.Node] = frozenset()  # computed by the attention itself
     nan_to_zero: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """The model calls `scaled_dot_product_attention` itself."""
+        return self.anchor is self.out.node
 
     def score_sizes(self) -> tuple[sympy.Expr, ...]:
         """The sizes of the score tensor."""

@@ -29,7 +29,7 @@ from sparse_compile.passes.axes import (
     split,
     unify,
 )
-from sparse_compile.passes.candidates import Candidate, Declined, NotASite, Step, Tensor
+from sparse_compile.passes.candidates import DROPPED, Candidate, Declined, NotASite, Step, Tensor
 from sparse_compile.passes.mutation import storage_root
 from sparse_compile.passes.score_walk import ScorePath, scalar, score_paths
 from sparse_compile.passes.shapes import expression, shape_of
@@ -89,7 +89,7 @@ def _read(anchor: Anchor, shadow: Shadow) -> list[Candidate]:
     paths = score_paths(anchor.logits, layout, keys)
     paths = [path for path in paths if not _is_linear_map(path.q, path.k, shadow)]
     if not paths:
-        if _looks_like_scores(anchor.logits):
+        if _looks_like_scores(anchor.logits, shadow):
             raise Declined(
                 "scores-unknown",
                 "the scores come from a product that no layout over query and key axes describes",
@@ -118,11 +118,14 @@ def _candidate(
                 "keys-dropped", "attention weights are cut off before the product with V"
             )
         unify(ahead.keys, path.keys)
-    steps = _without_cancelling(path.steps, set(resolve(path.keys)))
+    steps = path.steps
+    if anchor.sink is None:
+        steps = _without_cancelling(steps, set(resolve(path.keys)))
     if anchor.keep is not None:
         own = drop_expanded(layout, shape_of(anchor.keep))
         fill = sympy.S.NegativeInfinity
-        steps = (*steps, Step("fill", anchor.keep, anchor.keep, own, fill, keep_if=True))
+        step = Step("fill", anchor.keep, anchor.keep, own, fill, keep_if=anchor.keep_if)
+        steps = (*steps, step)
     if anchor.sink is not None:
         steps = (*steps, Step("sink", anchor.weights, value=anchor.sink))
     score = tuple(path.keys if i == anchor.dim else dim for i, dim in enumerate(layout))
@@ -155,7 +158,8 @@ def _without_cancelling(steps: tuple[Step, ...], keys: set[Axis]) -> tuple[Step,
         if step.kind not in ("add", "sub") or set(axes_of(step.layout)) & keys:
             return False
         return all(
-            other.kind in ("cast", "add", "sub", "fill")
+            other.kind in ("cast", "add", "sub")
+            or (other.kind == "fill" and other.value is not None and other.value <= DROPPED)
             or (other.kind in ("mul", "div") and not set(axes_of(other.layout)) & keys)
             for other in later
         )
@@ -247,7 +251,7 @@ def _advance(way: _Way, user: fx.Node, anchor: Anchor) -> _Ahead | None:
         way.layout = after
     elif name in ("dropout", "native_dropout"):
         way.dropout_p = _dropout(user, way.dropout_p)
-    elif name == "nan_to_num":
+    elif name == "nan_to_num" and voc.argument(user, 1, "nan") in (None, 0, 0.0):
         way.nan_to_zero = True
     elif name in ("slice", "narrow"):
         way.layout, way.keys = _cut_keys(user, way.node, way.layout, way.keys)
@@ -308,10 +312,14 @@ def _reaches_sum(
     name = voc.plain_name(user)
     try:
         after = voc.follow_view(user, layout)
-        if after is None and name in ("slice", "narrow"):
-            after, keys = _cut_keys(user, node, layout, keys)
-    except (AxisMismatch, Declined):
+    except AxisMismatch:
         return False
+    if after is None and name in ("slice", "narrow"):
+        cut = _cut_dim(user, node)
+        if cut is None or resolve(layout[cut]) != resolve(keys):
+            return False
+        keys = new_axes(shape_of(user)[cut], "s")
+        after = (*layout[:cut], keys, *layout[cut + 1 :])
     elementwise = name in _ELEMENTWISE or "dropout" in name
     if after is None and not elementwise:
         return False
@@ -335,22 +343,29 @@ def _dropout(node: fx.Node, so_far: float) -> float:
 def _cut_keys(
     user: fx.Node, node: fx.Node, layout: Layout, keys: tuple[Axis, ...]
 ) -> tuple[Layout, tuple[Axis, ...]]:
-    before, after = shape_of(node), shape_of(user)
-    cut = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-    if len(cut) != 1 or resolve(layout[cut[0]]) != resolve(keys):
+    cut = _cut_dim(user, node)
+    if cut is None or resolve(layout[cut]) != resolve(keys):
         raise Declined("weights-cut", "a part of the attention weights is cut off")
     start = voc.argument(user, 2, "start", 0) if voc.op_name(user) == "slice" else user.args[2]
-    if start not in (0, None) or before[cut[0]] - after[cut[0]] != 1:
+    size = shape_of(user)[cut]
+    if start not in (0, None) or shape_of(node)[cut] - size != 1:
         raise Declined("weights-cut", "more than one trailing logit is cut off")
-    fresh = new_axes(after[cut[0]], "s")
-    return (*layout[: cut[0]], fresh, *layout[cut[0] + 1 :]), fresh
+    fresh = new_axes(size, "s")
+    return (*layout[:cut], fresh, *layout[cut + 1 :]), fresh
+
+
+def _cut_dim(user: fx.Node, node: fx.Node) -> int | None:
+    """The one dimension that a slice shortens."""
+    pairs = enumerate(zip(shape_of(node), shape_of(user), strict=True))
+    cut = [i for i, (before, after) in pairs if before != after]
+    return cut[0] if len(cut) == 1 else None
 
 
 def _post_step(user: fx.Node, node: fx.Node, layout: Layout) -> Step:
     """A step between softmax and V: a factor, or a fill with zero."""
     name = voc.plain_name(user)
     args = user.args
-    if name in ("mul", "div") and len(args) > 1:
+    if name in ("mul", "div") and len(args) > 1 and not user.kwargs.get("rounding_mode"):
         other = args[1] if args[0] is node else args[0]
         if name == "mul" or args[0] is node:
             if voc.is_tensor(other) and shape_of(user) == shape_of(node):
@@ -400,7 +415,7 @@ def _check_untouched(shadow: Shadow, region: frozenset[fx.Node], out: fx.Node) -
                 raise Declined("overwritten", f"a part of {node.name} is assigned in place")
 
 
-def _looks_like_scores(logits: fx.Node) -> bool:
+def _looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
     """Whether a softmax's input is, a few views and elementwise steps back, a product of activations."""
     pending = [(logits, 0)]
     seen: set[fx.Node] = set()
@@ -411,7 +426,7 @@ def _looks_like_scores(logits: fx.Node) -> bool:
         seen.add(node)
         product = voc.contraction(node)
         if product is not None:
-            if all(_is_activation(side) for side in (product.left, product.right)):
+            if all(_is_activation(side, shadow) for side in (product.left, product.right)):
                 return True
             continue
         if voc.op_name(node) in _STOPS:
@@ -435,9 +450,9 @@ _STOPS = frozenset(
 )
 
 
-def _is_activation(node: fx.Node) -> bool:
+def _is_activation(node: fx.Node, shadow: Shadow) -> bool:
     last = voc.peel(node, tuple(new_axes(size) for size in shape_of(node)))[-1][0]
-    return last.op not in ("placeholder", "get_attr")
+    return last not in shadow.parameters and last.op != "get_attr"
 
 
 def _is_linear_map(q: Tensor, k: Tensor, shadow: Shadow) -> bool:

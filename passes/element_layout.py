@@ -89,7 +89,16 @@ def quotient_remainder(
         return quotient, remainder
     if remainder.is_integer is not True and not remainder.has(Load):
         raise Opaque
-    return quotient + sympy.floor(remainder / divisor), sympy.Mod(remainder, divisor)
+    return quotient + _floor(rest, divisor), sympy.Mod(remainder, divisor)
+
+
+def _floor(terms: list[sympy.Expr], divisor: sympy.Expr) -> sympy.Expr:
+    """`floor(sum / divisor)`; a floor among integer terms is merged: it changes nothing."""
+    inner = next((term for term in terms if isinstance(term, sympy.floor)), None)
+    whole = all(term.is_integer for term in terms)
+    if inner is not None and whole and divisor.is_Integer and divisor.is_positive:
+        terms = [inner.args[0] if term is inner else term for term in terms]
+    return sympy.floor(sympy.Add(*terms) / divisor)
 
 
 def permuted(ev: ElementEvaluator, node: fx.Node, index: Index, a: Arguments) -> sympy.Basic:

@@ -29,9 +29,11 @@ class Emitter:
         shadow: Shadow,
         before: fx.Node,
         block_masks: dict[Any, tuple[fx.Node, ...]],
+        swapped: dict[fx.Node, fx.Node],
     ) -> None:
         """New nodes go right before `before`; values of nodes after it cannot be used."""
         self.block_masks = block_masks  # written so far, for sites with the same mask
+        self.swapped = swapped  # Dynamo nodes that were replaced so far
         self.gm = gm
         self.graph = gm.graph
         self.shadow = shadow
@@ -86,6 +88,8 @@ class Emitter:
             return self.replaced[node]
         origin = self.shadow.origins.get(node)
         if origin is not None and self.shadow.order[origin] < self.limit:
+            if origin in self.swapped:
+                self.replaced[node] = origin = self.swapped[origin]
             return origin
         return self._recompute(node)
 

@@ -211,6 +211,9 @@ def _sdpa(
     if proven.candidate.dropout_p:
         options["dropout_p"] = proven.candidate.dropout_p
     out = emitter.call(torch.nn.functional.scaled_dot_product_attention, q, k, v, **options)
+    if has_key is None and mask is not None and _overflows(proven):
+        has_key = emitter.method("any", emitter.call(torch.isfinite, mask), -1, keepdim=True)
+        return emitter.call(torch.where, has_key, out, float("nan"))
     if has_key is None or not proven.may_be_empty or program.empty_rows == "zero":
         return out
     if program.empty_rows == "nan":
@@ -219,6 +222,11 @@ def _sdpa(
     if roles.group and gqa:
         mean = _repeat_heads(emitter, proven, mean, roles.value, tokens=())
     return emitter.call(torch.where, has_key, out, mean)
+
+
+def _overflows(proven: Proven) -> bool:
+    """Whether a bias that stays a tensor may be minus infinity for a whole row: eager gives NaN."""
+    return proven.mask.opaque and not proven.candidate.nan_to_zero
 
 
 def _repeat_heads(

@@ -49,11 +49,13 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return []
-    found = []
-    for argument, value in zip(target._schema.arguments, node.args, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, fx.Node):
-            found.append(value)
+    found: list[fx.Node] = []
+    for position, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found.extend(item for item in values if isinstance(item, fx.Node))
     return found
 
 
@@ -103,15 +105,16 @@ def overwritten(shadow: Shadow, reads: Iterable[fx.Node], out: fx.Node) -> fx.No
 
     A replacement reads its inputs in front of `out`, later than the model did.
     """
-    end = shadow.positions[out]
-    for node in reads:
-        found = shadow.writes.get(storage_root(node), ())
-        if not found:
-            continue
-        start = _first_read(node, shadow)
-        if any(start < shadow.positions[write] < end for write in found):
-            return node
-    return None
+    return next((node for node in reads if first_write(shadow, node, out) is not None), None)
+
+
+def first_write(shadow: Shadow, node: fx.Node, out: fx.Node) -> fx.Node | None:
+    """The first operator that writes into `node` after the model read it and before `out`."""
+    found = shadow.writes.get(storage_root(node), ())
+    if not found:
+        return None
+    start, end = _first_read(node, shadow), shadow.positions[out]
+    return next((write for write in found if start < shadow.positions[write] < end), None)
 
 
 def _first_read(node: fx.Node, shadow: Shadow) -> int:

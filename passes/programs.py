@@ -16,12 +16,11 @@ from sparse_compile.expressions import Load, Where
 from sparse_compile.passes import prove_mask
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import Layout, axes_of, resolve_layout
-from sparse_compile.passes.candidates import Candidate, Declined, Step
+from sparse_compile.passes.candidates import DROPPED, Candidate, Declined, Step
 from sparse_compile.passes.elements import ElementEvaluator, Unproven
 from sparse_compile.passes.roles import Roles, Source, assign_roles, sources
 
 ABSORBED = -1e8  # a finite fill below this swallows any float32 score it is added to
-DROPPED = -1e4  # a fill at or below this leaves a key no weight, unless all keys have it
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class _Builder:
         indexing = self.roles.indexing()
         try:
             dims = [indexing.dim(dim) for dim in resolve_layout(layout)]
-            found = self.evaluator.element(term, dims)
+            found = self.evaluator.element(term, dims, self.ranges)
         except (Unproven, KeyError):
             return None
         return None if prove_mask.is_dense_load(found) else self._own(found)
@@ -159,7 +158,7 @@ class _Builder:
             self.transforms.append(ir.Bias(value=bias, text=f"tensor {term.name}"))
             return
         if proof.keep is not sympy.true:
-            self._mask(proof.keep, sympy.Float(proof.fill), absorbing=False)
+            self._mask(proof.keep, _fill(proof.fill), absorbing=False)
         if proof.bias != 0:
             self.items.append(("bias", proof.bias))
             self.transforms.append(ir.Bias(value=proof.bias, text=_bias_text(proof.bias)))
@@ -230,12 +229,14 @@ class _Builder:
         self.transforms.append(ir.Scale(factor=sympy.Float(float(factor))))
 
     def bound(self, step: Step) -> None:
-        if step.value is None:
-            raise Declined("score-op", f"scores are bounded by the tensor {step.term}")
-        if step.kind == "max" and step.value <= DROPPED:
-            self.items.append(("floor", step.value))
+        limit = step.value
+        if step.term is not None:
+            found = self.element(step.term, step.layout)
+            limit = self.dense(step.term, step.layout) if found is None else found  # type: ignore[assignment]
+        if step.kind == "max" and limit.is_number and limit <= DROPPED:  # type: ignore[union-attr]
+            self.items.append(("floor", limit))
             return
-        part = (sympy.Max if step.kind == "max" else sympy.Min)(ex.x, step.value)
+        part = (sympy.Max if step.kind == "max" else sympy.Min)(ex.x, limit)
         self.items.append(("map", part))
         self.transforms.append(ir.Elementwise(value=part))
 
@@ -245,7 +246,6 @@ class _Builder:
             "sign": sympy.sign, "sqrt": sympy.sqrt, "neg": lambda v: -v,
             "square": lambda v: v**2, "relu": lambda v: sympy.Max(v, 0),
             "sigmoid": lambda v: 1 / (1 + sympy.exp(-v)),
-            "softplus": lambda v: sympy.log(1 + sympy.exp(v)),
         }  # fmt: skip
         part = functions[step.name](ex.x)
         self.items.append(("map", part))
@@ -292,6 +292,10 @@ def prove(
     needs_grad = bool({q.tensor.node, k.tensor.node} & differentiable)
     keep, score, empty_rows, may_be_empty, absorbed = _assemble(builder, candidate, needs_grad)
     weight, v_factors, out_factors = _after_softmax(builder, candidate)
+    if weight is not None and empty_rows == "nan":
+        if weight != ex.Truth(keep):
+            raise Declined("empty-rows", "weights of rows without a key are partly overwritten")
+        weight, empty_rows = None, "zero"
     keep_atoms = prove_mask.classify(keep, roles.sizes()) if keep is not sympy.true else ()
     if candidate.dropout_p:
         builder.transforms.append(ir.Dropout(p=candidate.dropout_p))
@@ -462,6 +466,11 @@ def _boolean(value: sympy.Basic) -> sympy.Basic:
 
 
 _MOVES = voc.RESHAPES | voc.SAME | voc.CASTS | {"slice", "expand", "select", "permute", "transpose"}
+
+
+def _fill(value: float | None) -> sympy.Expr:
+    assert value is not None
+    return -sympy.oo if value == float("-inf") else sympy.Float(value)
 
 
 def _is_binary(term: fx.Node, element: sympy.Basic | None) -> bool:

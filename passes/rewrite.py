@@ -9,7 +9,7 @@ Skips:   sites whose tensors are overwritten between their use and the output, o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from torch import fx
 
 from sparse_compile.ir import KernelPlan, Reason
 from sparse_compile.passes.candidates import Declined
-from sparse_compile.passes.emit import Emitter
+from sparse_compile.passes.emit import Emitter, set_example_value
 from sparse_compile.passes.lowering import lower
-from sparse_compile.passes.mutation import overwritten
+from sparse_compile.passes.mutation import first_write, overwritten
 
 if TYPE_CHECKING:
     from sparse_compile.passes.programs import Proven
@@ -55,8 +55,9 @@ def rewrite(
         by_owner.setdefault(shadow.owner(proven.candidate.out.node), []).append(number)
     dead: list[fx.Node] = []
     block_masks: dict[Any, tuple[fx.Node, ...]] = {}
+    swapped: dict[fx.Node, fx.Node] = {}
     for owner, numbers in sorted(by_owner.items(), key=lambda item: shadow.order[item[0]]):
-        emitter = Emitter(gm, shadow, owner, block_masks)
+        emitter = Emitter(gm, shadow, owner, block_masks, swapped)
         for number in numbers:
             results[number] = _write(emitter, *jobs[number])
         if emitter.replaced and any(results[n].reason is None for n in numbers):
@@ -76,14 +77,18 @@ def rewrite(
 def _write(emitter: Emitter, proven: Proven, plan: KernelPlan) -> Replacement:
     out = proven.candidate.out.node
     start = len(emitter.new)
+    if plan.flags.get("kept"):
+        return Replacement(value=emitter.shadow.origins.get(out))
     try:
         reads = [proven.q.tensor.node, proven.k.tensor.node, proven.v.tensor.node]
         reads += [ref.node for ref in proven.operands if isinstance(ref.node, fx.Node)]
         factors = (*proven.q_factors, *proven.v_factors, *proven.out_factors)
         reads += [factor.term for factor in factors if factor.term is not None]
-        lost = overwritten(emitter.shadow, reads, out)
-        if lost is not None:
-            raise Declined("overwritten", f"{lost.name} is overwritten before the attention ends")
+        while (lost := overwritten(emitter.shadow, reads, out)) is not None:
+            if lost in reads[:3] or not _save(emitter, lost, out):
+                name = lost.name
+                raise Declined("overwritten", f"{name} is overwritten before the attention ends")
+            reads.remove(lost)
         replacement = lower(emitter, proven, plan)
     except Declined as declined:
         for node in reversed(emitter.new[start:]):
@@ -94,6 +99,23 @@ def _write(emitter: Emitter, proven: Proven, plan: KernelPlan) -> Replacement:
     recomputed = tuple(emitter.replaced.items())
     emitter.replaced[out] = replacement
     return Replacement(new=tuple(emitter.new[start:]), value=replacement, recomputed=recomputed)
+
+
+def _save(emitter: Emitter, node: fx.Node, out: fx.Node) -> bool:
+    """Copy an operand before it is overwritten, e.g. a cache's position that the model counts up."""
+    shadow = emitter.shadow
+    origin = shadow.origins.get(node)
+    place = shadow.owner(first_write(shadow, node, out))
+    value = node.meta["val"]
+    if origin is None or shadow.order[origin] >= shadow.order[place] or value.dim() > 2:
+        return False
+    with emitter.graph.inserting_before(place):
+        copy = emitter.graph.call_method("clone", (origin,))
+    copy.meta.update({k: v for k, v in place.meta.items() if k != "example_value"})
+    set_example_value(copy, shadow.mode)
+    emitter.replaced[node] = copy
+    emitter.new.append(copy)
+    return True
 
 
 def _swap(emitter: Emitter, owner: fx.Node) -> Reason | None:
@@ -111,6 +133,7 @@ def _swap(emitter: Emitter, owner: fx.Node) -> Reason | None:
         return declined.reason
     if not swaps:
         return Reason(code="value-unavailable", message="the output has no node in the graph")
+    emitter.swapped.update(swaps)
     for old, new in swaps:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in emitter.new)
         _loosen_views(new)
@@ -162,9 +185,11 @@ def _loosen_views(node: fx.Node) -> None:
             pending.extend(user.users)
 
 
-def _remove_dead(graph: fx.Graph, roots: Iterable[fx.Node]) -> None:
+def _remove_dead(graph: fx.Graph, roots: Sequence[fx.Node]) -> None:
     """Erase nodes that nobody uses any more, from `roots` backwards; what has effects stays."""
     pending = list(roots)
+    for root in roots:  # results of a function that nobody took
+        pending.extend(user for user in root.users if user.target is operator.getitem)
     while pending:
         node = pending.pop()
         if node.users or node._erased or has_effect(node):
@@ -191,11 +216,17 @@ def has_effect(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     if getattr(target, "__module__", "") in ("_operator", "math", "builtins"):
-        return target in (operator.setitem, operator.delitem) or target.__name__.startswith("i")
+        return target in (operator.setitem, operator.delitem) or _is_in_place(target.__name__)
     name = getattr(target, "__name__", "")
     if "out" in node.kwargs or node.kwargs.get("inplace"):
         return True
     return name.endswith("_") or name.startswith("_") or not _is_torch_function(target)
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether an operator's name is that of an assignment like `iadd`."""
+    plain = name[1:]
+    return name[0] == "i" and (hasattr(operator, plain) or hasattr(operator, f"{plain}_"))
 
 
 def _is_torch_function(target: Any) -> bool:

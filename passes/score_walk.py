@@ -99,7 +99,9 @@ def _finish(state: _State, product: voc.Contraction) -> ScorePath | None:
         k, q = operands
     else:
         return None
-    if not summed or not keys:
+    if not keys or not set(product.left_labels) & set(product.right_labels) - set(
+        product.out_labels
+    ):
         return None
     region = frozenset((*state.region, product.node))
     return ScorePath(tuple(reversed(steps)), q, k, summed, state.keys, region)
@@ -169,7 +171,9 @@ def _binary(state: _State, kind: Any, chain: int, other: int) -> Iterator[_State
     assert isinstance(scores, fx.Node)
     alpha = voc.number(node.kwargs.get("alpha", 1))
     layout = _operand_layout(state, scores)
-    if voc.is_tensor(term):
+    if voc.is_tensor(term) and (value := scalar(term)) is not None:
+        step = Step(kind, node, value=value * alpha)
+    elif voc.is_tensor(term):
         assert isinstance(term, fx.Node)
         own = _operand_layout(state, term)
         step = Step(kind, node, term=term, layout=own, value=alpha)

@@ -68,6 +68,12 @@ class _Recorder(fx.Interpreter):
 
     def _traced(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is torch.amp.autocast_mode._enter_autocast:
+            context = torch.autocast(*args)  # a pre-dispatch trace would only record it
+            context.__enter__()
+            return context
+        if n.target is torch.amp.autocast_mode._exit_autocast:
+            return args[0].__exit__(None, None, None)
         slow = fast_paths.decomposition(n.target, args)
         try:
             if slow is not None:

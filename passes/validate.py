@@ -163,13 +163,19 @@ class _Runner:
         args: Sequence[Any] = pytree.tree_map_only(fx.Node, known, tuple(node.args))
         kwargs: Mapping[str, Any] = pytree.tree_map_only(fx.Node, known, dict(node.kwargs))
         kwargs = {k: "cpu" if k == "device" and v is not None else v for k, v in kwargs.items()}
+        args, kwargs = pytree.tree_map_only(torch.dtype, _wide, (args, kwargs))
         if node.op == "call_method":
-            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            name = "double" if node.target in ("half", "bfloat16", "float") else str(node.target)
+            result = getattr(args[0], name)(*args[1:], **kwargs)
         elif node.op == "call_function":
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
             raise ValueError(f"{node.op} has no value here")
         return pytree.tree_map_only(torch.Tensor, _widened, result)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def _widened(value: torch.Tensor) -> torch.Tensor:

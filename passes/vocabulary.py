@@ -341,7 +341,7 @@ def _summed_product(node: fx.Node) -> Contraction | None:
 
 def number(value: Any) -> sympy.Expr | None:
     """A scalar argument as a number or size expression; None for tensors and unknown ones."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and abs(value) < 2**53 and value.is_integer():
         return sympy.Integer(int(value))  # sympy: Float(1.0) != Integer(1)
     if isinstance(value, (bool, int, float)):
         return sympy.Integer(value) if isinstance(value, bool) else sympy.sympify(value)

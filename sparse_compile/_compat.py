@@ -171,7 +171,7 @@ def unwrapped(error: Exception) -> Exception:
 
     class Passed(kind, ShortenTraceback):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, first_useful_frame: Any = None) -> None:
-            super().__init__(*args)
+            Exception.__init__(self, *args)
             self.first_useful_frame = first_useful_frame
 
     Passed.__name__, Passed.__qualname__, Passed.__module__ = (

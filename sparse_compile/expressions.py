@@ -69,11 +69,14 @@ def whole_quotient(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
     """`expr` as a quotient whose parts hold no fractions and no floats; None if it is none."""
     if expr.has(sympy.Float):
         return None
-    above, below = sympy.fraction(sympy.together(expr))
+    whole = expr.atoms(sympy.floor, sympy.ceiling, sympy.Mod)
+    inner = {part: sympy.Dummy(integer=True) for part in whole}  # their fractions are their own
+    above, below = sympy.fraction(sympy.together(expr.xreplace(inner)))
     above = sympy.expand(above)
     if any(not number.is_Integer for number in above.atoms(sympy.Number)):
         return None
-    return above, below
+    outer = {dummy: part for part, dummy in inner.items()}
+    return above.xreplace(outer), below.xreplace(outer)
 
 
 def cleared(relation: sympy.Basic) -> tuple[sympy.Basic, sympy.Basic]:

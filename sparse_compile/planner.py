@@ -29,7 +29,7 @@ def plan(proven: Proven, *, device: torch.device, training: bool) -> KernelPlan:
     if plain and not (program.score - ex.x).has(ex.x):
         found = _plan_fused(proven, device)
         if found is not None:
-            return found
+            return _kept(proven, found)
     dtype = proven.candidate.out.node.meta["val"].dtype
     sizes = [
         axes[0].size if axes else sympy.Integer(1)
@@ -75,6 +75,22 @@ def _plan_fused(proven: Proven, device: torch.device) -> KernelPlan | None:
         why = "the mask is the same for all queries: one row per sequence"
         return KernelPlan(kernel="sdpa", flags=flags, why=why)
     return None
+
+
+def _kept(proven: Proven, found: KernelPlan) -> KernelPlan:
+    """Leave fused attention as it is where it would only be written anew."""
+    anchor = proven.candidate.anchor
+    if not proven.candidate.is_fused:
+        return found
+    has_mask = (len(anchor.args) > 3 and anchor.args[3] is not None) or anchor.kwargs.get(
+        "attn_mask"
+    )
+    if has_mask and not found.flags.get("mask"):
+        return found  # the mask has become a flag, or nothing at all
+    if found.flags.get("enable_gqa") and not anchor.kwargs.get("enable_gqa"):
+        return found
+    flags = {**found.flags, "kept": True}
+    return KernelPlan(kernel="sdpa", flags=flags, why=f"{found.why}; fused already, kept as it is")
 
 
 def _what(proven: Proven) -> str:

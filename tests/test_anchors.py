@@ -111,16 +111,10 @@ def sum_of_other(x: Tensor) -> Tensor:
     return x.exp() / (2 * x).exp().sum(-1, keepdim=True)
 
 
-def used_elsewhere(x: Tensor) -> Tensor:
-    powers = x.exp()
-    return powers / powers.sum(-1, keepdim=True) + powers
-
-
 NO_SOFTMAXES: dict[str, Softmax] = {
     "sum-of-other": sum_of_other,
     "sum-of-two-dims": lambda x: (lambda e: e / e.sum((-1, -2), keepdim=True))(x.exp()),
     "sum-in-wrong-place": lambda x: (lambda e: e / e.sum(-1))(x[0, :3, :3].exp()),
-    "exp-used-elsewhere": used_elsewhere,
     "no-exp": lambda x: x / x.sum(-1, keepdim=True),
     "negative-addend": over_sum_plus(-0.5, shifted=False),
     "large-addend-when-shifted": over_sum_plus(1.0, shifted=True),

@@ -67,9 +67,6 @@ def test_a_changed_mask_buffer_of_changing_lengths() -> None:
     model = Buffered()
     run = compiled(model, dynamic=True)
     for length in (4, 5):
-        torch.testing.assert_close(
-            run(tokens(length)), model(tokens(length)) * 0 + run(tokens(length))
-        )
         x = tokens(length)
         torch.testing.assert_close(run(x), model(x))
     model.keep.fill_(True)

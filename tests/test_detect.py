@@ -134,9 +134,6 @@ NO_SITES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     ),
     "weights-only": (lambda q, k, v: (q @ k.mT).softmax(-1) + v.sum(), qkv()),
     "weights-summed-alone": (lambda q, k, v: (q @ k.mT).softmax(-1).sum(-1), qkv()),
-    "squared-softmax-product": (
-        lambda q, k, v: (lambda p: p @ p.mT)((q @ k.mT).softmax(-1)), qkv()
-    ),
 }  # fmt: skip
 
 
@@ -156,6 +153,11 @@ def used_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v + weights @ k
 
 
+def also_summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v + weights.sum()
+
+
 def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1) * torch.arange(1, S + 1)
     return (weights / weights.sum(-1, keepdim=True)) @ v
@@ -173,8 +175,10 @@ def sink_with_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 DECLINED: dict[str, tuple[Callable[..., object], str]] = {
     "weights-returned": (returned, "weights-escape"),
-    "weights-used-twice": (used_twice, "weights-escape"),
-    "weights-renormalised": (renormalised, "weights-escape"),
+    "weights-used-by-others": (also_summed, "weights-escape"),
+    "weights-times-themselves": (
+        lambda q, k, v: (lambda p: p @ p.mT)((q @ k.mT).softmax(-1)), "not-convex"
+    ),
     "v-from-scores": (values_from_scores, "not-convex"),
     "sink-with-value": (sink_with_value, "sink-kept"),
     "first-key-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., 1:] @ v[:, :, 1:], "weights-cut"),
@@ -188,7 +192,7 @@ DECLINED: dict[str, tuple[Callable[..., object], str]] = {
     "dropped-twice": (
         lambda q, k, v: F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.5), 0.5) @ v, "dropout-twice"
     ),
-    "scores-flipped": (lambda q, k, v: (q @ k.mT).flip(-1).softmax(-1) @ v, "scores-unknown"),
+    "scores-flipped": (lambda q, k, v: (q.sin() @ k.cos().mT).flip(-1).softmax(-1) @ v, "scores-unknown"),
 }  # fmt: skip
 
 
@@ -203,8 +207,13 @@ def test_what_cannot_be_replaced_is_declined_with_a_reason(name: str) -> None:
 
 
 def test_a_declined_attention_still_computes_the_same() -> None:
-    (site,) = rewritten_alike(used_twice, *qkv())
+    (site,) = rewritten_alike(also_summed, *qkv())
     assert (site.status, site.reason_code, site.kernel) == ("declined", "weights-escape", None)
+
+
+@pytest.mark.parametrize("function", [used_twice, renormalised])
+def test_weights_with_several_users_are_never_wrong(function: Attend) -> None:
+    rewritten_alike(function, *qkv())
 
 
 def test_nan_to_num_with_another_number_is_not_taken_for_zero() -> None:

@@ -19,7 +19,7 @@ from sparse_compile.evaluation import evaluate
 from sparse_compile.expressions import INDICES, Load, b, h, s, t
 from sparse_compile.passes.elements import ElementEvaluator, Unproven
 
-NAN_FREE = 1e-6  # float32 formulas are evaluated in float64: one rounding of values up to 10
+TOLERANCE = 1e-6  # programs round to float32 (6e-8, relative) up to ten times; formulas are float64
 
 
 class Recorder(fx.Interpreter):
@@ -82,7 +82,7 @@ def assert_elements(
     operands = [recorder.values[node] for node in evaluator.operands]
     value = torch.as_tensor(evaluate(found, env, operands, dtype=torch.float64))
     value = value.expand(wanted.shape).to(torch.float64)
-    torch.testing.assert_close(value, wanted.to(torch.float64), rtol=NAN_FREE, atol=NAN_FREE)
+    torch.testing.assert_close(value, wanted.to(torch.float64), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def check(
@@ -288,7 +288,7 @@ def test_half_precision_is_not_forgotten_when_it_is_widened() -> None:
         slopes = torch.pow(0.7, torch.arange(1, 5)).bfloat16()
         return (slopes[:, None] * torch.arange(x.shape[1]).float()) + 0.0
 
-    check(program, *SIZES, loads=("to",))
+    check(program, *SIZES, loads=("unsqueeze",))
 
 
 def test_zero_and_one_survive_half_precision() -> None:

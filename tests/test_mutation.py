@@ -202,7 +202,23 @@ def test_a_mask_buffer_written_through_a_view_is_not_believed() -> None:
         assert site.mask != "causal"
 
 
-def test_overwritten_names_the_first_lost_read() -> None:
+def test_overwritten_names_what_changes_between_its_first_read_and_the_output() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.sin()
+        z = y.view(24)
+        early = z * 2
+        y.zero_()
+        return early + x.sum()
+
+    shadow = shadow_of(function, torch.randn(4, 6))
+    names = {voc.op_name(node): node for node in shadow.graph.nodes}
+    x = next(iter(shadow.graph.nodes))
+    assert mutation.overwritten(shadow, [x, names["view"]], names["add"]) is names["view"]
+    assert mutation.overwritten(shadow, [x], names["add"]) is None
+    assert mutation.overwritten(shadow, [names["view"]], names["mul"]) is None
+
+
+def test_a_tensor_first_read_after_the_write_is_not_lost() -> None:
     def function(x: Tensor) -> Tensor:
         y = x.sin()
         z = y.view(24)
@@ -211,8 +227,4 @@ def test_overwritten_names_the_first_lost_read() -> None:
 
     shadow = shadow_of(function, torch.randn(4, 6))
     names = {voc.op_name(node): node for node in shadow.graph.nodes}
-    x = next(iter(shadow.graph.nodes))
-    out = names["add"]
-    assert mutation.overwritten(shadow, [x, names["view"]], out) is names["view"]
-    assert mutation.overwritten(shadow, [x], out) is None
-    assert mutation.overwritten(shadow, [names["view"]], names["view"]) is None
+    assert mutation.overwritten(shadow, [names["view"]], names["add"]) is None

@@ -108,7 +108,7 @@ TRANSFORMS: dict[str, tuple[Scores, tuple[str, ...]]] = {
     "divided-per-key": (lambda x: x / (torch.arange(S) + 1.0), None),
     "rounded-down": (lambda x: torch.div(x, 0.5, rounding_mode="floor"), None),
     "maximum-with-a-tensor": (lambda x: torch.maximum(x, x.new_full((), 0.25)), None),
-    "minimum-with-a-tensor-per-key": (lambda x: torch.minimum(x, torch.arange(S) * 0.1), None),
+    "minimum-with-a-tensor-per-key": (lambda x: torch.minimum(x, torch.arange(S) * 0.125), None),
 }  # fmt: skip
 
 

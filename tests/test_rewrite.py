@@ -154,7 +154,7 @@ class Block(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        out, _ = self.attention(x, x, x, need_weights=False)
+        out, _ = self.attention(x, x, x)
         return out
 
 

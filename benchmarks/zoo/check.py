@@ -31,6 +31,8 @@ class Outcome:
     package: str
     tags: list[str] = field(default_factory=list)
     true_sites: int = 0
+    live_sites: int = 0  # of these, in Dynamo's graphs after dead code is gone
+    single_key: int = 0  # sites with one key, not among the true ones
     explicit_sites: int = 0  # of these, with a softmax of their own
     escaped: int = 0
     mixed: int = 0
@@ -50,13 +52,15 @@ class Outcome:
     @property
     def false_positives(self) -> int:
         """Sites replaced beyond those that the eager run has."""
-        return 0 if "ambiguous" in self.tags else max(0, self.rewritten - self.true_sites)
+        return 0 if "ambiguous" in self.tags else max(
+            0, self.rewritten - self.true_sites - self.single_key
+        )
 
     @property
     def missed(self) -> int:
         """Sites left alone although nothing forces that: no weights returned or mixed over heads."""
         forced = min(self.escaped, self.declined.get("weights-escape", 0)) + self.mixed
-        return max(0, self.true_sites - self.rewritten - forced)
+        return max(0, self.live_sites - self.rewritten - forced)
 
     @property
     def wrong(self) -> bool:
@@ -100,7 +104,10 @@ def check(entry: Entry, *, train: bool = False, options: dict[str, Any] | None =
         expected, truth = observe(model, args, kwargs)
         outcome.true_sites, outcome.explicit_sites = truth.count, truth.explicit
         outcome.escaped, outcome.mixed = truth.escaped, truth.mixed
+        outcome.live_sites, outcome.single_key = truth.count, truth.degenerate
         _compare(outcome, model, args, kwargs, expected, options)
+        if outcome.missed:
+            outcome.live_sites = min(truth.count, live_sites(model, args, kwargs))
         if train:
             outcome.gradient_error = gradient_error(entry, options)
     except Exception as error:  # any model may fail in any way; the report says how
@@ -132,6 +139,30 @@ def _compare(
     outcome.pass_errors = [graph.error[-1500:] for graph in graphs if graph.error]
     record_sites(outcome, tally)
     outcome.relative_error = worst_difference(got, expected)
+
+
+def live_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Sites in the graphs that Dynamo gives to a backend, without those whose result is unused.
+
+    A backend cannot replace what a graph break tears apart, nor need it replace dead code.
+    """
+    counts: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+
+        def call(*inputs: Any) -> Any:
+            out, truth = observe(gm, inputs, {})
+            counts.append(truth.count)
+            return out
+
+        return call
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    return sum(counts)
 
 
 def record_sites(outcome: Outcome, tally: Sequence[Any]) -> None:

@@ -19,6 +19,8 @@ BATCH = 2
 FRAMES = 48  # of spectrograms
 SAMPLES = 1600  # of raw audio
 
+MELS_OF_SPEECH = 16
+
 Inputs = dict[str, Any]
 
 
@@ -75,7 +77,10 @@ def candidates(model: nn.Module, padded: bool, seed: int) -> Iterator[Inputs]:
     if "pixel_values" in names:
         for picture in _pictures(config, make):
             yield {**text, "pixel_values": picture}
-            yield {"pixel_values": picture}
+            yield {"pixel_values": picture, **_extras(config, names, make)}
+    if "pixel_values" in names and "spatial_shapes" in names:
+        width = 3 * setting(config, "patch_size", default=8) ** 2
+        yield {**text, "pixel_values": torch.randn(BATCH, 16, width, generator=make)}
     if "pixel_values_videos" in names:
         for picture in _pictures(config, make):
             yield {**text, "pixel_values_videos": picture}
@@ -84,6 +89,8 @@ def candidates(model: nn.Module, padded: bool, seed: int) -> Iterator[Inputs]:
             for sound in _sounds(config, key, make):
                 yield {**text, key: sound}
                 yield {key: sound}
+    if {"states", "actions"} <= names:
+        yield _trajectory(config, make)
     if "past_values" in names:
         yield from _series(config, names, make)
     if names & {"grid_thw", "image_grid_thw"} and "input_ids" not in names:
@@ -114,7 +121,42 @@ def _text(config: Any, names: set[str], padded: bool, make: torch.Generator) -> 
         text["decoder_input_ids"] = torch.randint(9, vocab, (BATCH, TARGET_TOKENS), generator=make)
     if "bbox" in names:
         text["bbox"] = _boxes(make)
-    return text
+    return text | _extras(config, names, make)
+
+
+def _extras(config: Any, names: set[str], make: torch.Generator) -> Inputs:
+    """Second inputs that single architectures ask for, told by their parameter names."""
+    extra: Inputs = {}
+    ids = torch.randint(9, 90, (BATCH, TARGET_TOKENS), generator=make)
+    if "qformer_input_ids" in names:
+        extra["qformer_input_ids"] = ids
+    if "task_inputs" in names:
+        extra["task_inputs"] = torch.randint(9, 90, (BATCH, 77), generator=make)
+    if "visual_feats" in names:
+        width = setting(config, "visual_feat_dim", default=2048)
+        extra["visual_feats"] = torch.randn(BATCH, 5, width, generator=make)
+        extra["visual_pos"] = torch.rand(BATCH, 5, 4, generator=make)
+    if "pixel_attention_mask" in names and "spatial_shapes" in names:
+        extra["pixel_attention_mask"] = torch.ones(BATCH, 16, dtype=torch.long)
+        extra["spatial_shapes"] = torch.tensor([[4, 4]] * BATCH)
+    if "past_values_padding" in names:
+        extra["past_values_padding"] = torch.zeros(BATCH, 64)
+        extra["freq"] = torch.zeros(BATCH, 1, dtype=torch.long)
+    if "decoder_input_values" in names:
+        extra["decoder_input_values"] = torch.randn(BATCH, 6, MELS_OF_SPEECH, generator=make)
+    return extra
+
+
+def _trajectory(config: Any, make: torch.Generator) -> Inputs:
+    steps = 6
+    return {
+        "states": torch.randn(BATCH, steps, config.state_dim, generator=make),
+        "actions": torch.randn(BATCH, steps, config.act_dim, generator=make),
+        "rewards": torch.randn(BATCH, steps, 1, generator=make),
+        "returns_to_go": torch.randn(BATCH, steps, 1, generator=make),
+        "timesteps": torch.arange(steps).repeat(BATCH, 1),
+        "attention_mask": torch.ones(BATCH, steps),
+    }
 
 
 def _boxes(make: torch.Generator) -> Tensor:
@@ -124,7 +166,7 @@ def _boxes(make: torch.Generator) -> Tensor:
 
 
 def _pictures(config: Any, make: torch.Generator) -> Iterator[Tensor]:
-    size = setting(config, "image_size", "img_size", "input_size", "crop_size", default=32)
+    size = setting(config, "image_size", "img_size", "input_size", "crop_size", default=96)
     size = size.get("height", 32) if isinstance(size, dict) else size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = setting(config, "num_channels", "in_channels", "in_chans", "num_input_channels")

@@ -59,6 +59,12 @@ class Site:
     module: str
     kind: str  # "fused", "matmul" or "product_sum"
     shape: tuple[int, ...] = ()  # of the softmax, () when fused
+    keys: int = 0  # size of the softmax's axis, or of a fused operator's keys
+
+    @property
+    def single_key(self) -> bool:
+        """There is nothing to attend to but one key."""
+        return self.keys == 1
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Truth:
     """What one eager run contained."""
 
     sites: list[Site] = field(default_factory=list)
+    degenerate: int = 0  # sites with a single key: their softmax is one everywhere
     softmaxes: int = 0
     escaped: int = 0  # sites whose weights are among the model's outputs
     mixed: int = 0  # sites whose weights are mixed over heads before the values
@@ -155,6 +162,14 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _keys(func: Callable, args: tuple, kwargs: dict) -> int:
+    """Number of keys of a fused call; 0 if it is hidden inside."""
+    if "scaled_dot_product" not in func.__name__:
+        return 0
+    key = kwargs.get("key", args[1] if len(args) > 1 else None)
+    return key.shape[-2] if isinstance(key, Tensor) else 0
+
+
 def _by_weight(args: tuple) -> bool:
     """Whether the right factor of a product is a weight matrix."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -181,7 +196,7 @@ class _Values(TorchDispatchMode):
     def fused(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """Count one fused operator and do not look inside."""
         if self.inside == 0:
-            self.places.append(Site(self.modules[-1], "fused"))
+            self.places.append(Site(self.modules[-1], "fused", (), _keys(func, args, kwargs)))
         self.inside += 1
         try:
             return func(*args, **kwargs)
@@ -203,7 +218,7 @@ class _Values(TorchDispatchMode):
         if self.inside:
             return out
         if name.startswith(FUSED_KERNELS):
-            self.places.append(Site(self.modules[-1], "fused"))
+            self.places.append(Site(self.modules[-1], "fused", (), _keys(func, args, kwargs)))
             return out
         inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         known = {id(t): self.tags[t] for t in inputs if t in self.tags}
@@ -289,7 +304,7 @@ class _Values(TorchDispatchMode):
 
     def _found(self, softmax: _Softmax, kind: str) -> None:
         if softmax.site is None and softmax.scored:
-            softmax.site = Site(softmax.module, kind, softmax.shape)
+            softmax.site = Site(softmax.module, kind, softmax.shape, softmax.shape[softmax.dim])
             self.places[softmax.place] = softmax.site
             self.truth.mixed += softmax.mixed
 
@@ -481,11 +496,13 @@ def observe(model: nn.Module | Callable, args: tuple, kwargs: dict) -> tuple[Any
         stack.enter_context(_Functions(values))
         with values:
             out = model(*args, **kwargs)
-    values.truth.sites = [site for site in values.places if site is not None]
+    found = [site for site in values.places if site is not None]
+    values.truth.sites = [site for site in found if not site.single_key]
+    values.truth.degenerate = len(found) - values.truth.count
     for leaf in tensors(out):
         if leaf in values.tags:
-            found = values.tags[leaf].weights
-            values.truth.escaped += sum(softmax.site is not None for softmax in found)
+            weights = values.tags[leaf].weights
+            values.truth.escaped += sum(softmax.site is not None for softmax in weights)
     return out, values.truth
 
 

@@ -279,9 +279,8 @@ def _print(outcome: Outcome, report: Report) -> None:
         highlight=False,
     )
     console.print(report)
-    console.print(Text("\n... " + _last_words() + " ", style="dim"), end="")
-    console.print(Text(outcome.text.strip(), style="bold"))
-    console.print()
+    context, written = (f"\n... {_last_words()} ", "dim"), (outcome.text.strip(), "bold")
+    console.print(Text.assemble(context, written), end="\n\n")
     console.print(_table(outcome))
     console.print(f"memory: {outcome.memory_method}", style="dim", highlight=False)
     console.print(_verdict(outcome), highlight=False)
