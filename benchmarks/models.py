@@ -129,7 +129,11 @@ def _attention_by_hand(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    shared = query.dtype in (torch.float16, torch.bfloat16)  # else unfused: it would build [T, S]
+    if not shared:
+        group = query.shape[1] // key.shape[1]
+        key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
     out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=shared
     )
     return out.transpose(1, 2).contiguous(), None

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+import sparse_compile.kernels.block_lists  # noqa: F401  registers the operator
 from sparse_compile.evaluation import Source, evaluate, fits, slice_of
 from sparse_compile.expressions import INDICES, Load, b, s, t, x
 from sparse_compile.intervals import bounds, load_extrema
@@ -362,9 +363,8 @@ class _Site:
         # a bound may be constant, or miss an axis
         every = inside & every
         some = torch.ones_like(inside) & some
-        by_rows = (some & ~every, every)
-        by_columns = [part.transpose(-2, -1) for part in by_rows]
-        return [one for part in (*by_rows, *by_columns) for one in _ordered(part)]
+        lists = torch.ops.sparse_compile.block_lists_v1.default(some & ~every, every)
+        return [lists[number] for number in range(8)]
 
     def _sink(self) -> Any:
         """The sink's logit, broadcastable to [B, Hq, T]."""
@@ -423,13 +423,6 @@ def _block_mask_tuple(
     layout = BlockMask(seq_lengths=lengths, **given, BLOCK_SIZE=(size, size), mask_mod=mask)
     back = {id(slots[name]): value for name, value in zip(names, values, strict=True)}
     return tuple(back.get(id(item), item) for item in layout.as_tuple())
-
-
-def _ordered(dense: fx.Proxy) -> tuple[Any, Any]:
-    """How many blocks of each row are marked, and their numbers in front of the others'."""
-    number = dense.to(torch.int32).contiguous()
-    order = torch.argsort(number, dim=-1, descending=True, stable=True)
-    return number.sum(-1).to(torch.int32), order.to(torch.int32)
 
 
 def _kernel_options(has_stats: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ BATCH, TOKENS, WIDTH = 2, 200, 128
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 DTYPES = [torch.bfloat16, torch.float32]
 DTYPE_IDS = ["bf16", "fp32"]
+FEW = 64  # elements
 
 
 # What a model's author would write; each gets scores [B, H, T, S] and gives masked scores.
@@ -151,10 +152,14 @@ def assert_as_good_as_eager(
     natural = dict(values_and_gradients(module, module, inputs, **kwargs))
     exact = copy.deepcopy(module).double()
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    for name, truth in values_and_gradients(exact, exact, wide, **kwargs):
-        allowed = 2 * rms(natural[name] - truth) + torch.finfo(ours[name].dtype).eps / 2 * rms(
-            truth
-        )
+    truths = dict(values_and_gradients(exact, exact, wide, **kwargs))
+    # the error of a handful of numbers says little: for them, that of the larger tensors counts too
+    share = max(rms(natural[name] - truth) / rms(truth) for name, truth in truths.items())
+    for name, truth in truths.items():
+        error = rms(natural[name] - truth)
+        if truth.numel() < FEW:
+            error = max(error, share * rms(truth))
+        allowed = 2 * error + torch.finfo(ours[name].dtype).eps / 2 * rms(truth)
         found = rms(ours[name] - truth)
         assert found <= allowed, f"{name}: off by {found:.3g}, allowed {allowed:.3g}"
 

@@ -13,7 +13,6 @@ from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.truth import observe
 
 ENTRIES = list(forms.entries())
-TRAINED = [entry for entry in ENTRIES if entry.has("train")]
 
 
 def _name(entry: Entry) -> str:
@@ -21,17 +20,15 @@ def _name(entry: Entry) -> str:
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=_name)
-def test_every_site_is_replaced_and_the_output_is_equal(entry: Entry):
-    outcome = check(entry)
+def test_every_site_is_replaced_and_results_are_equal(entry: Entry):
+    outcome = check(entry, train=entry.has("train"))
     assert outcome.true_sites > 0
+    assert (outcome.gradient_error is not None) == entry.has("train")
     assert not outcome.problems()
 
 
-@pytest.mark.parametrize("entry", TRAINED, ids=_name)
-def test_gradients_are_equal(entry: Entry):
-    outcome = check(entry, train=True)
-    assert outcome.gradient_error is not None
-    assert not outcome.problems()
+def test_a_good_share_of_the_forms_is_trained():
+    assert sum(entry.has("train") for entry in ENTRIES) >= 50
 
 
 def test_entries_have_distinct_ids():

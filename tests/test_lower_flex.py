@@ -411,3 +411,21 @@ def test_ahead_of_time_autograd_differentiates_it(name):
     out = program_attention_ref(*tensors[:3], tensors[3:], program_of(name))
     wanted = torch.autograd.grad(out.sin().sum(), leaves)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 3, 5), (1, 4, 6, 2)])
+def test_block_lists_are_contiguous_and_list_every_block(shape: tuple[int, ...]) -> None:
+    from sparse_compile.kernels.block_lists import block_lists_ref
+
+    partial = torch.rand(shape) < 0.4
+    full = (torch.rand(shape) < 0.4) & ~partial
+    torch.library.opcheck(torch.ops.sparse_compile.block_lists_v1.default, (partial, full))
+    lists = block_lists_ref(partial, full)
+    dense = (partial, full, partial.transpose(-2, -1), full.transpose(-2, -1))
+    for mask, count, index in zip(dense, lists[::2], lists[1::2], strict=True):
+        assert count.is_contiguous()
+        assert index.is_contiguous()
+        listed = torch.zeros_like(mask)
+        place = torch.arange(mask.shape[-1]) < count[..., None]
+        listed.scatter_(-1, index.long(), place)
+        assert torch.equal(listed, mask)

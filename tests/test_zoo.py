@@ -15,7 +15,6 @@ pytest.importorskip("transformers")
 from benchmarks.zoo import hf
 
 ARCHITECTURES = [entry for entry in hf.entries() if entry.has("ci")]
-TRAINED = [entry for entry in ARCHITECTURES if entry.has("ci-train")]
 OTHERS = [entry for entry in third_party.entries() if entry.has("ci")]
 
 
@@ -30,15 +29,10 @@ def test_the_subset_is_large_enough():
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=_name)
 def test_every_site_of_an_architecture_is_replaced(entry: Entry):
-    outcome = check(entry)
+    train = entry.has("ci-train")
+    outcome = check(entry, train=train)
     assert outcome.true_sites > 0
-    assert not outcome.problems()
-
-
-@pytest.mark.parametrize("entry", TRAINED, ids=_name)
-def test_gradients_of_an_architecture_are_equal(entry: Entry):
-    outcome = check(entry, train=True)
-    assert outcome.gradient_error is not None
+    assert (outcome.gradient_error is not None) == train
     assert not outcome.problems()
 
 

@@ -52,8 +52,10 @@ class Outcome:
     @property
     def false_positives(self) -> int:
         """Sites replaced beyond those that the eager run has."""
-        return 0 if "ambiguous" in self.tags else max(
-            0, self.rewritten - self.true_sites - self.single_key
+        return (
+            0
+            if "ambiguous" in self.tags
+            else max(0, self.rewritten - self.true_sites - self.single_key)
         )
 
     @property

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.zoo.entry import Built, Entry
 from benchmarks.zoo.hf_inputs import first_that_runs
-from benchmarks.zoo.hf_overrides import CI_EAGER, CI_SDPA, OVERRIDES, SKIPPED
+from benchmarks.zoo.hf_overrides import CI_EAGER, CI_SDPA, CI_TRAIN, OVERRIDES, SKIPPED
 from benchmarks.zoo.shrink import shrink
 from benchmarks.zoo.stir import stirred
 
@@ -57,6 +57,8 @@ def entries() -> Iterator[Entry]:
             tags = {"train"} if attention == "eager" else set()
             if kind in (CI_EAGER if attention == "eager" else CI_SDPA):
                 tags.add("ci")
+            if attention == "eager" and kind in CI_TRAIN:
+                tags.add("ci-train")
             make = partial(build, kind, attention, padded=True)
             yield Entry(f"{kind}-{attention}", PACKAGE, make, frozenset(tags))
         head = _head_name(kind)

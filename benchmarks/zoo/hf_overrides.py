@@ -101,5 +101,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 SKIPPED: frozenset[str] = frozenset({"dinat", "layoutlmv2", "nat", "timm_backbone", "pe_video"})
 
-CI_EAGER: frozenset[str] = frozenset()
-CI_SDPA: frozenset[str] = frozenset()
+# The subset that tests run: one or more of each way of writing attention, quick to trace.
+_EAGER = """
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neo gpt_neox gptj gpt_bigcode
+    bloom falcon mpt opt xglm codegen starcoder2 stablelm olmo2 cohere persimmon gpt_oss deepseek_v3
+    llama4_text mixtral granite glm ctrl openai-gpt biogpt nemotron helium doge
+    bert roberta albert electra distilbert deberta deberta-v2 mpnet modernbert roformer xlnet layoutlm esm
+    mobilebert squeezebert rembert
+    t5 bart
+    vit deit beit dinov2 swin swinv2 segformer pvt clip siglip timesformer
+    wav2vec2 wavlm hubert audio-spectrogram-transformer speech_to_text decision_transformer
+    """
+_SDPA = "llama mistral qwen2 gpt2 opt bert distilbert modernbert t5 vit clip wav2vec2 deepseek_v3"
+_TRAIN = "llama mistral gemma2 gpt2 gpt_oss bloom deepseek_v3 bert deberta-v2 vit swin wav2vec2"
+CI_EAGER = frozenset(_EAGER.split())
+CI_SDPA = frozenset(_SDPA.split())
+CI_TRAIN = frozenset(_TRAIN.split())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.third_party import diffusion, lucidrains, others, timm_models
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Entry
 
 
 def entries() -> Iterator[Entry]:

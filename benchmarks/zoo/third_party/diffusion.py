@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.third_party.spec import row
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Entry
 
 GROUPS: dict[str, Any] = {"norm_num_groups": 8}
 UNET: dict[str, Any] = {
@@ -30,7 +32,11 @@ def _r(*shape: int) -> torch.Tensor:
 
 
 def _unet_inputs() -> dict[str, Any]:
-    return {"sample": _r(2, 4, 16, 16), "timestep": torch.tensor([5, 9]), "encoder_hidden_states": _r(2, 7, 24)}
+    return {
+        "sample": _r(2, 4, 16, 16),
+        "timestep": torch.tensor([5, 9]),
+        "encoder_hidden_states": _r(2, 7, 24),
+    }
 
 
 def _masked_inputs() -> dict[str, Any]:
@@ -198,6 +204,7 @@ class Classic(nn.Module):
     """A diffusers model with its old processor: baddbmm, softmax, bmm."""
 
     def __init__(self, kind: str, **arguments: Any) -> None:
+        """Build the model and give it the processor."""
         super().__init__()
         import diffusers
         from diffusers.models.attention_processor import AttnProcessor

@@ -33,11 +33,11 @@ def vit_entries() -> Iterator[Entry]:
         ("normalized_vit", "nViT"), ("vit_with_patch_merger", "ViT"), ("jumbo_vit", "JumboViT"),
         ("vit_with_patch_dropout", "ViT"), ("simple_vit_with_patch_dropout", "SimpleViT"),
         ("simple_vit_with_qk_norm", "SimpleViT"), ("simple_vit_with_register_tokens", "SimpleViT"),
-        ("simple_vit_with_fft", "SimpleViT"), 
+        ("simple_vit_with_fft", "SimpleViT"),
         ("simple_uvit", "SimpleUViT"),
         ("vit_with_decorr", "ViT"), ("vit_5", "ViT"),
         ("simple_vit_orthog_residual_update", "SimpleViT"), ("vit_with_keel_post_ln", "ViT"),
-        ("simple_vit_with_relative_proj_pos_bias", "SimpleViT"), 
+        ("simple_vit_with_relative_proj_pos_bias", "SimpleViT"),
         ("simple_vit_with_specialized_cls", "SimpleViT"),
     )  # fmt: skip
     for module, name in plain:

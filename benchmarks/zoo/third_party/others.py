@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.third_party.spec import image, noise, row, tokens
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Entry
 
 TEXT = {"context_length": 16, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2}
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
@@ -53,7 +55,9 @@ def esm_model(kind: str, **sizes: Any) -> Any:
 
     if kind == "esm2":
         return esm.ESM2(alphabet="ESM-1b", **sizes)
-    alphabet = esm.data.Alphabet.from_architecture("msa_transformer" if kind == "msa" else "roberta_large")
+    alphabet = esm.data.Alphabet.from_architecture(
+        "msa_transformer" if kind == "msa" else "roberta_large"
+    )
     options = Namespace(
         arch="msa_transformer" if kind == "msa" else "roberta_large", layers=1, embed_dim=32, logit_bias=True,
         ffn_embed_dim=64, attention_heads=2, max_positions=64, max_tokens=2**10, token_dropout=False,
@@ -85,7 +89,12 @@ def curated(kind: str) -> Any:
 
 def old_bert(kind: str) -> Any:
     """The first PyTorch ports, pytorch-pretrained-bert."""
-    from pytorch_pretrained_bert import modeling, modeling_gpt2, modeling_openai, modeling_transfo_xl
+    from pytorch_pretrained_bert import (
+        modeling,
+        modeling_gpt2,
+        modeling_openai,
+        modeling_transfo_xl,
+    )
 
     if kind == "bert":
         return modeling.BertModel(modeling.BertConfig(50, 32, 2, 2, 64))
@@ -105,7 +114,14 @@ def diffusion_unet(**sizes: Any) -> Any:
     return DiffusionModelUNet(**sizes)
 
 
-LIT = {"block_size": 32, "vocab_size": 50, "padded_vocab_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
+LIT = {
+    "block_size": 32,
+    "vocab_size": 50,
+    "padded_vocab_size": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 32,
+}
 WHISPER = {
     "n_mels": 8, "n_audio_ctx": 16, "n_audio_state": 32, "n_audio_head": 2, "n_audio_layer": 1,
     "n_vocab": 50, "n_text_ctx": 16, "n_text_state": 32, "n_text_head": 2, "n_text_layer": 1,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.third_party.spec import image, row
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.entry import Entry
 
 SHRUNK: tuple[dict[str, Any], ...] = (
     {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3},
@@ -49,7 +51,13 @@ ATTENTION: dict[str, int] = {
     "resnet50_clip": 0, "vit_intern300m_patch14_448": 64, "vit_small_patch16_gap_224": 64,
     "vit_medium_patch16_rope_reg1_gap_256": 64, "vit_base_mci_224": 0, "deit3_small_patch16_224": 64,
 }  # fmt: skip
-AMBIGUOUS = {"xcit_nano_12_p16_224", "davit_tiny", "edgenext_xx_small", "coat_tiny", "coat_lite_tiny"}
+AMBIGUOUS = {
+    "xcit_nano_12_p16_224",
+    "davit_tiny",
+    "edgenext_xx_small",
+    "coat_tiny",
+    "coat_lite_tiny",
+}
 MIXED = {"cait_xxs24_224", "convit_tiny"}
 NEGATIVE: dict[str, int] = {
     "resnet18": 64, "seresnet18": 64, "ecaresnet26t": 64, "cbam_resnet18": 64, "skresnet18": 64,
@@ -71,7 +79,15 @@ def create(name: str, fused: bool) -> nn.Module:
     for arguments in SHRUNK:
         try:
             return timm.create_model(name, pretrained=False, num_classes=10, **arguments)
-        except (TypeError, AssertionError, IndexError, ValueError, RuntimeError, AttributeError, KeyError):
+        except (
+            TypeError,
+            AssertionError,
+            IndexError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            KeyError,
+        ):
             continue
     raise RuntimeError(f"timm cannot create {name}")
 
@@ -80,6 +96,7 @@ class Sized(nn.Module):
     """A model that takes pictures of the side that it was built for."""
 
     def __init__(self, name: str, fused: bool, side: int) -> None:
+        """Build the model."""
         super().__init__()
         self.model = create(name, fused)
         self.side = side
@@ -110,4 +127,6 @@ def entries() -> Iterator[Entry]:
 def _row(name: str, side: int, fused: bool, *tags: str) -> Entry:
     label = f"{name}-fused" if fused else name
     path = "benchmarks.zoo.third_party.timm_models:Sized"
-    return row("timm", label, path, {"name": name, "fused": fused, "side": side}, image(side=64), *tags)
+    return row(
+        "timm", label, path, {"name": name, "fused": fused, "side": side}, image(side=64), *tags
+    )
