@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -78,7 +80,16 @@ def in_own_process(options: argparse.Namespace, backend_name: str) -> common.Rec
     command = [sys.executable, "-m", "benchmarks.compile_overhead", "--once", backend_name]
     command += ["--layers", str(options.layers), "--device", options.device]
     command += [] if options.codegen else ["--no-codegen"]
-    done = subprocess.run(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": folder}
+        done = subprocess.run(
+            command,
+            cwd=common.ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, **caches},
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -156,6 +156,15 @@ def test_the_marked_tests_run_and_are_recorded(tmp_path, monkeypatch, capsys):
     assert "1 passed, 1 failed, 0 skipped" in capsys.readouterr().out
 
 
+def test_only_files_with_the_marker_are_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    (tmp_path / "tests" / "deep").mkdir(parents=True)
+    (tmp_path / "tests" / "test_a.py").write_text("import package_that_the_gpu_machine_lacks\n")
+    (tmp_path / "tests" / "deep" / "test_b.py").write_text("pytestmark = pytest.mark.gpu\n")
+    assert gpu_check.marked_files(["tests"]) == ["tests/deep/test_b.py"]
+    assert gpu_check.marked_files(["tests/deep/test_b.py"]) == ["tests/deep/test_b.py"]
+
+
 def test_pytest_that_writes_no_results_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "PYTEST", ("-c", "raise SystemExit(4)"))
     with pytest.raises(SparseCompileError, match="exit code 4"):

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from benchmarks.zoo import hf
 
-ARCHITECTURES = [entry for entry in hf.entries() if entry.has("ci")]
-OTHERS = [entry for entry in third_party.entries() if entry.has("ci")]
+ARCHITECTURES = list(hf.ci_entries())
+OTHERS = [entry for entry in third_party.entries() if entry.id in third_party.CI]
 
 
 def _name(entry: Entry) -> str:
@@ -29,10 +29,9 @@ def test_the_subset_is_large_enough():
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=_name)
 def test_every_site_of_an_architecture_is_replaced(entry: Entry):
-    train = entry.has("ci-train")
-    outcome = check(entry, train=train)
+    outcome = check(entry, train=entry.has("train"))
     assert outcome.true_sites > 0
-    assert (outcome.gradient_error is not None) == train
+    assert (outcome.gradient_error is not None) == entry.has("train")
     assert not outcome.problems()
 
 

@@ -15,8 +15,15 @@ from torch import nn
 
 from benchmarks.zoo.entry import Built, Entry
 from benchmarks.zoo.hf_inputs import first_that_runs
-from benchmarks.zoo.hf_overrides import CI_EAGER, CI_SDPA, CI_TRAIN, OVERRIDES, SKIPPED
-from benchmarks.zoo.shrink import shrink
+from benchmarks.zoo.hf_overrides import (
+    CI_EAGER,
+    CI_SDPA,
+    CI_TRAIN,
+    CI_TWO_LAYERS,
+    OVERRIDES,
+    SKIPPED,
+)
+from benchmarks.zoo.shrink import LAYERS, shrink
 from benchmarks.zoo.stir import stirred
 
 PACKAGE = "transformers"
@@ -55,10 +62,6 @@ def entries() -> Iterator[Entry]:
     for kind in model_types():
         for attention in ("eager", "sdpa"):
             tags = {"train"} if attention == "eager" else set()
-            if kind in (CI_EAGER if attention == "eager" else CI_SDPA):
-                tags.add("ci")
-            if attention == "eager" and kind in CI_TRAIN:
-                tags.add("ci-train")
             make = partial(build, kind, attention, padded=True)
             yield Entry(f"{kind}-{attention}", PACKAGE, make, frozenset(tags))
         head = _head_name(kind)
@@ -67,7 +70,19 @@ def entries() -> Iterator[Entry]:
             yield Entry(f"{kind}-{head}", PACKAGE, make)
 
 
-def build(kind: str, attention: str, *, padded: bool, head: str | None = None) -> Built:
+def ci_entries() -> Iterator[Entry]:
+    """The subset that tests run, with one layer where layers do not differ."""
+    for attention, kinds in (("eager", CI_EAGER), ("sdpa", CI_SDPA)):
+        for kind in kinds:
+            layers = 2 if kind in CI_TWO_LAYERS else 1
+            tags = {"train"} if attention == "eager" and kind in CI_TRAIN else set()
+            make = partial(build, kind, attention, padded=True, layers=layers)
+            yield Entry(f"{kind}-{attention}", PACKAGE, make, frozenset(tags))
+
+
+def build(
+    kind: str, attention: str, *, padded: bool, head: str | None = None, layers: int = LAYERS
+) -> Built:
     """A tiny model of an architecture with inputs that it accepts.
 
     Args:
@@ -75,6 +90,7 @@ def build(kind: str, attention: str, *, padded: bool, head: str | None = None) -
         attention: `attn_implementation`.
         padded: Pass an attention mask with padding in it, where the model takes one.
         head: A class name instead of the base model.
+        layers: Layers of each stack.
     Raises:
         UnavailableError: It cannot be built here.
     """
@@ -83,7 +99,7 @@ def build(kind: str, attention: str, *, padded: bool, head: str | None = None) -
     transformers.logging.set_verbosity(50)
     try:
         config_class = transformers.CONFIG_MAPPING[kind]
-        config = shrink(config_class, **OVERRIDES.get(kind, {}))
+        config = shrink(config_class, layers=layers, **OVERRIDES.get(kind, {}))
         model_class = getattr(transformers, head) if head else _base_class(config_class)
         make = partial(_make, model_class, config, attention)
         inputs = first_that_runs(make(), padded)

@@ -114,6 +114,10 @@ _EAGER = """
     """
 _SDPA = "llama mistral qwen2 gpt2 opt bert distilbert modernbert t5 vit clip wav2vec2 deepseek_v3"
 _TRAIN = "llama mistral gemma2 gpt2 gpt_oss bloom deepseek_v3 bert deberta-v2 vit swin wav2vec2"
-CI_EAGER = frozenset(_EAGER.split())
-CI_SDPA = frozenset(_SDPA.split())
+_TWO_LAYERS = (
+    "gemma2 gemma3_text gpt_oss llama4_text gpt_neo modernbert exaone4 qwen2_moe swin swinv2 mpt"
+)
+CI_EAGER = tuple(_EAGER.split())
+CI_SDPA = tuple(_SDPA.split())
 CI_TRAIN = frozenset(_TRAIN.split())
+CI_TWO_LAYERS = frozenset(_TWO_LAYERS.split())

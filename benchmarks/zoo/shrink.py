@@ -43,8 +43,6 @@ LAYER_COUNTS = (
     r"|num_blocks|num_block|num_self_attends_per_block|num_adapter_layers"
 )
 RULES: tuple[Rule, ...] = (
-    (r"num_self_attends_per_block|num_adapter_layers|layers_block_type_every", 1),
-    (LAYER_COUNTS, LAYERS),
     (WIDTHS, WIDTH),
     (r"(\w+_)?head_dim|d_kv|d_head|dim_head|(\w+_)?head_size|(\w+_)?head_width|head_width", HEAD_DIM),
     (r"(\w+_)?num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num", KV_HEADS),
@@ -99,20 +97,15 @@ INDICES = (
 )
 
 
-def shrink(config_class: type, **overrides: Any) -> Any:
+def shrink(config_class: type, *, layers: int = LAYERS, **overrides: Any) -> Any:
     """The class's default configuration, made tiny.
 
     Args:
         config_class: A `PreTrainedConfig` class.
+        layers: Number of layers of each stack.
         **overrides: Values that win over the rules; a dict for a sub-configuration is merged.
     """
-    return config_class(**_merge(_shrunk(config_class().to_dict()), overrides))
-
-
-def thin(config_class: type, **overrides: Any) -> Any:
-    """The class's default configuration with its widths, but few layers and a small vocabulary."""
-    rules = tuple(rule for rule in RULES if rule[0] in (LAYER_COUNTS,) or "vocab" in rule[0])
-    return config_class(**_merge(_shrunk(config_class().to_dict(), rules, lists=()), overrides))
+    return config_class(**_merge(_shrunk(config_class().to_dict(), layers), overrides))
 
 
 def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +117,7 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _shrunk(
-    values: dict[str, Any], rules: tuple[Rule, ...] = RULES, lists: tuple[Rule, ...] = LISTS
-) -> dict[str, Any]:
+def _shrunk(values: dict[str, Any], layers: int) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for key, value in values.items():
         if key in {
@@ -137,7 +128,7 @@ def _shrunk(
             "_name_or_path",
         }:
             continue
-        small[key] = _value(key, value, rules, lists)
+        small[key] = _value(key, value, layers)
     _agree(values, small)
     vocab = small.get("vocab_size")
     for key, value in small.items():
@@ -158,21 +149,23 @@ def _agree(values: dict[str, Any], small: dict[str, Any]) -> None:
         small["qk_head_dim"] = 2 * HEAD_DIM
 
 
-def _value(key: str, value: Any, rules: tuple[Rule, ...], lists: tuple[Rule, ...]) -> Any:
+def _value(key: str, value: Any, layers: int) -> Any:
     if key == "per_layer_config":
         return {}
     if isinstance(value, dict) and key.endswith("config"):
-        return _shrunk(value, rules, lists)
+        return _shrunk(value, layers)
     if isinstance(value, dict) and key.startswith("rope_"):
         return {inner: _rope(inner, setting) for inner, setting in value.items()}
     if key in PER_LAYER and isinstance(value, (list, tuple)):
-        return _two_kinds(list(value))
+        return _two_kinds(list(value))[:layers]
     if re.fullmatch(INDICES, key) and isinstance(value, (list, tuple)):
         return None if key.endswith(("out_indices", "out_features")) else [1]
     if isinstance(value, (list, tuple)) and value and all(_is_int(v) for v in value):
-        return _listed(key, list(value), lists)
+        return _listed(key, list(value))
     if _is_int(value) and value > 0:
-        for pattern, to in rules:
+        if re.fullmatch(LAYER_COUNTS, key):
+            return min(value, layers)
+        for pattern, to in RULES:
             if re.fullmatch(pattern, key):
                 return min(value, to) if pattern != WIDTHS else to
     return value
@@ -199,14 +192,14 @@ def _two_kinds(kinds: list[Any]) -> list[Any]:
     return [kinds[0], other] if kinds else kinds
 
 
-def _listed(key: str, value: list[int], lists: tuple[Rule, ...]) -> list[int]:
+def _listed(key: str, value: list[int]) -> list[int]:
     makers: dict[str, Callable[[], list[int]]] = {
         "grow": lambda: [16 * 2**place for place in range(len(value))],
         "heads": lambda: [min(v, 2**place) for place, v in enumerate(value)],
         "ones": lambda: [min(v, 1) for v in value],
         "divide": lambda: [v // 8 if v % 64 == 0 else v for v in value],
     }
-    for pattern, how in lists:
+    for pattern, how in LISTS:
         if re.fullmatch(pattern, key):
             return makers[how]()
     return value

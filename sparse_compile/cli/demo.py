@@ -163,7 +163,7 @@ def _run(
 
     folder = smollm2.resolve(weights, progress=progress)
     model = _load(folder, attention, device, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(TEXT.read_text(encoding="utf-8").strip(), return_tensors="pt").input_ids
     prompt = prompt.to(device)
 

@@ -61,7 +61,9 @@ def continue_greedily(
         cache: Empty; holds the prompt and all but the last token afterwards.
         n_tokens: How many tokens to choose; an end-of-text token does not end it.
     """
-    tokens, times, gaps = [], [], []
+    tokens: list[int] = []
+    times: list[float] = []
+    gaps: list[float] = []
     ids = prompt
     for _ in range(n_tokens):
         start = time.perf_counter()

@@ -19,7 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_compile import settings
 from sparse_compile.errors import WeightsError
@@ -275,7 +275,7 @@ def _convert(gguf: Path, target: Path, progress: Progress | None) -> None:
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with quiet_transformers(), _step(progress, "Converting, once", 4) as advance_to:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**where)
         advance_to(1)
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         advance_to(2)

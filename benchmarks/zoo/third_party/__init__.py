@@ -11,6 +11,29 @@ if TYPE_CHECKING:
     from benchmarks.zoo.entry import Entry
 
 
+# A few of each package for the tests, where it is installed.
+CI = frozenset(
+    f"{package}-{name}"
+    for package, names in {
+        "x-transformers": (
+            "decoder-plain",
+            "decoder-alibi",
+            "decoder-memory-kv",
+            "encoder-t5-bias",
+        ),
+        "vit-pytorch": ("vit", "cross_vit", "nest"),
+        "timm": ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "seresnet18"),
+        "diffusers": ("UNet2DConditionModel-classic", "FluxTransformer2DModel"),
+        "open-clip-torch": ("vit",),
+        "openai-whisper": ("whisper",),
+        "segment-anything": ("encoder",),
+        "local-attention": ("mha-causal",),
+        "litgpt": ("llama",),
+    }.items()
+    for name in names
+)
+
+
 def entries() -> Iterator[Entry]:
     """Every entry; one whose package is missing raises `UnavailableError` when it is built."""
     yield from lucidrains.entries()
