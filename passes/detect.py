@@ -109,11 +109,12 @@ def _candidate(
     """
     if ahead.reason is not None:
         raise Declined(ahead.reason.code, ahead.reason.message)
-    has_sink = any(step.kind == "sink" and step.term is not None for step in path.steps)
+    sides = {step.name for step in path.steps if step.kind == "sink"}
+    has_sink = bool(sides)
     if has_sink and not ahead.dropped_keys:
         raise Declined("sink-kept", "a concatenated logit is multiplied with a row of V")
     if ahead.dropped_keys:
-        if not has_sink:
+        if sides != {ahead.dropped_keys}:
             raise Declined(
                 "keys-dropped", "attention weights are cut off before the product with V"
             )
@@ -177,7 +178,7 @@ class _Ahead:
     steps: tuple[Step, ...]
     dropout_p: float
     region: frozenset[fx.Node]
-    dropped_keys: bool
+    dropped_keys: str  # "", "front" or "back"
     nan_to_zero: bool
     reason: Reason | None = None
 
@@ -226,7 +227,7 @@ class _Way:
     steps: tuple[Step, ...] = ()
     region: tuple[fx.Node, ...] = ()
     dropout_p: float = 0.0
-    dropped_keys: bool = False
+    dropped_keys: str = ""
     nan_to_zero: bool = False
     reason: Reason | None = None
 
@@ -254,8 +255,9 @@ def _advance(way: _Way, user: fx.Node, anchor: Anchor) -> _Ahead | None:
     elif name == "nan_to_num" and voc.argument(user, 1, "nan") in (None, 0, 0.0):
         way.nan_to_zero = True
     elif name in ("slice", "narrow"):
-        way.layout, way.keys = _cut_keys(user, way.node, way.layout, way.keys)
-        way.dropped_keys = True
+        if way.dropped_keys:
+            raise Declined("weights-cut", "the attention weights are cut twice")
+        way.layout, way.keys, way.dropped_keys = _cut_keys(user, way.node, way.layout, way.keys)
     elif getattr(user.target, "__name__", "") != "getitem":  # that is native_dropout's result
         way.steps = (*way.steps, _post_step(user, way.node, way.layout))
     way.region = (*way.region, user)
@@ -342,16 +344,18 @@ def _dropout(node: fx.Node, so_far: float) -> float:
 
 def _cut_keys(
     user: fx.Node, node: fx.Node, layout: Layout, keys: tuple[Axis, ...]
-) -> tuple[Layout, tuple[Axis, ...]]:
+) -> tuple[Layout, tuple[Axis, ...], str]:
+    """The layout and keys without the cut, and the side it was on."""
     cut = _cut_dim(user, node)
     if cut is None or resolve(layout[cut]) != resolve(keys):
         raise Declined("weights-cut", "a part of the attention weights is cut off")
     start = voc.argument(user, 2, "start", 0) if voc.op_name(user) == "slice" else user.args[2]
+    step = voc.argument(user, 4, "step", 1) if voc.op_name(user) == "slice" else 1
     size = shape_of(user)[cut]
-    if start not in (0, None) or shape_of(node)[cut] - size != 1:
-        raise Declined("weights-cut", "more than one trailing logit is cut off")
+    if start not in (0, 1, None) or step != 1 or shape_of(node)[cut] - size != 1:
+        raise Declined("weights-cut", "more than one logit at an end is cut off")
     fresh = new_axes(size, "s")
-    return (*layout[:cut], fresh, *layout[cut + 1 :]), fresh
+    return (*layout[:cut], fresh, *layout[cut + 1 :]), fresh, "front" if start == 1 else "back"
 
 
 def _cut_dim(user: fx.Node, node: fx.Node) -> int | None:

@@ -275,10 +275,11 @@ def _concatenated_sink(state: _State) -> Iterator[_State]:
     narrow = [part for part in parts if shape_of(part)[dim] == 1]
     if len(wide) != 1 or (parts[0] is not wide[0] and parts[-1] is not wide[0]):
         return
+    side = "back" if parts[0] is wide[0] else "front"
     inner = new_axes(shape_of(wide[0])[dim], "s")
     layout = (*state.layout[:dim], inner, *state.layout[dim + 1 :])
     sinks = [
-        Step("sink", state.node, part, drop_expanded(state.layout, shape_of(part)))
+        Step("sink", state.node, part, drop_expanded(state.layout, shape_of(part)), name=side)
         for part in narrow
     ]
     yield state.to(wide[0], layout, *sinks, keys=inner)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import fx
 
@@ -43,6 +45,20 @@ class _Session:
         with self._lock:
             self._graphs.append(graph)
             self._breaks.extend(breaks)
+
+    def take_back(self, error: str) -> None:
+        """The graph added last was not used after all: its sites are as the model wrote them."""
+        reason = "the rewritten graph could not be compiled; see the graph's error"
+        with self._lock:
+            last = self._graphs[-1]
+            sites = tuple(
+                msgspec.structs.replace(
+                    site, status="declined", reason_code="compile-failed", reason=reason,
+                    kernel=None, loop_order=None, why=None,
+                )
+                for site in last.sites
+            )  # fmt: skip
+            self._graphs[-1] = msgspec.structs.replace(last, sites=sites, error=error)
 
     def report(self) -> Report:
         with self._lock:
@@ -101,11 +117,34 @@ def _compiled(
     """Rewrite a graph and compile it; guarded where a buffer's value was used in a proof."""
     original = fx.GraphModule(gm, copy_graph(gm.graph))
     outcome = _rewrite(gm, example_inputs, config)
-    compiled = compile_graph(gm, example_inputs)
+    try:
+        compiled = compile_graph(gm, example_inputs)
+    except Exception as error:
+        if not any(site.status == "rewritten" for site in outcome.report.sites):
+            raise
+        return _without_us(compile_graph, original, example_inputs, error)
     if not outcome.value_guards:
         return compiled
     fallback = functools.partial(compile_graph, original)
     return _guarded(compiled, example_inputs, outcome.value_guards, fallback)
+
+
+def _without_us(
+    compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    original: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    error: Exception,
+) -> Callable[..., Any]:
+    """Compile a graph as it was, after its rewritten form could not be compiled."""
+    compiled = compile_graph(original, example_inputs)  # fails by itself: that error counts
+    log.warning(
+        "sparse_compile: the rewritten graph could not be compiled (%s: %s); it runs as it was",
+        type(error).__name__,
+        str(error).strip().splitlines()[0] if str(error).strip() else "",
+    )
+    text = "".join(traceback.format_exception(error))
+    _session.take_back(text)
+    return compiled
 
 
 def _settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:

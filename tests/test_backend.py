@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sparse_compile
-from sparse_compile import ConfigError, DeclinedSiteError, ModelError, backend, pipeline
+from sparse_compile import ConfigError, DeclinedSiteError, ModelError, _compat, backend, pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 B, H, T, D = 2, 2, 6, 4
@@ -296,3 +296,25 @@ def test_graphs_without_attention_are_not_looked_into(monkeypatch: pytest.Monkey
     torch.testing.assert_close(compiled(lambda x: x @ x.mT)(x), x @ x.mT)
     (graph,) = sparse_compile.last_report().graphs
     assert (graph.sites, graph.error) == ((), None)
+
+
+def test_a_rewritten_graph_that_does_not_compile_runs_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_or_fail(gm: fx.GraphModule, inputs: object, patches: object) -> object:
+        if "scaled_dot_product_attention" in gm.code:
+            raise RuntimeError("no kernel for this")
+        return gm.forward
+
+    monkeypatch.setattr(_compat, "compile_with_inductor", compile_or_fail)
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+    out = torch.compile(attend, backend=backend.sparse_compile)(q, k, v)
+    torch.testing.assert_close(out, attend(q, k, v))
+    (graph,) = backend.last_report().graphs
+    assert "no kernel for this" in (graph.error or "")
+    assert [site.reason_code for site in graph.sites] == ["compile-failed"]
+    assert "could not be compiled" in caplog.text

@@ -57,6 +57,16 @@ def sink_cut_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1)[..., :-1] @ v
 
 
+def sink_in_front_cut_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q[..., :1] * 0 + 0.5, q @ k.mT], -1)
+    return scores.softmax(-1)[..., 1:] @ v
+
+
+def sink_in_front_kept(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q[..., :1] * 0 + 0.5, q @ k.mT], -1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
 def normalised_weights_of_one_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).transpose(1, 2).transpose(1, 2) @ v
 
@@ -77,6 +87,7 @@ SITES: dict[str, Attend] = {
     "log-softmax": lambda q, k, v: (q @ k.mT).log_softmax(-1).exp() @ v,
     "sum-of-products": sum_of_products,
     "sink-cut-off": sink_cut_off,
+    "sink-in-front-cut-off": sink_in_front_cut_off,
     "views-after-softmax": normalised_weights_of_one_key,
     "head-mask": lambda q, k, v: ((q @ k.mT).softmax(-1) * torch.arange(H)[:, None, None]) @ v,
     "factor": lambda q, k, v: ((q @ k.mT).softmax(-1) / 3) @ v,
@@ -181,7 +192,8 @@ DECLINED: dict[str, tuple[Callable[..., object], str]] = {
     ),
     "v-from-scores": (values_from_scores, "not-convex"),
     "sink-with-value": (sink_with_value, "sink-kept"),
-    "first-key-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., 1:] @ v[:, :, 1:], "weights-cut"),
+    "first-key-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., 1:] @ v[:, :, 1:], "keys-dropped"),
+    "sink-in-front-kept": (sink_in_front_kept, "keys-dropped"),
     "last-key-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., :-1] @ v[:, :, 1:], "keys-dropped"),
     "two-keys-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., :-2] @ v[:, :, 2:], "weights-cut"),
     "shifted-weights": (lambda q, k, v: ((q @ k.mT).softmax(-1) + 0.1) @ v, "weights-op"),
