@@ -100,6 +100,7 @@ def _sweep(ids: list[str], options: argparse.Namespace) -> Iterable[dict[str, An
                 continue
             entry_id, process, start = running.pop(pipe)
             record = _collect(pipe, entry_id, time.monotonic() - start)
+            process.join(timeout=2.0)
             process.kill()
             process.join()
             count += 1

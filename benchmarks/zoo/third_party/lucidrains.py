@@ -67,7 +67,6 @@ def _staged() -> Iterator[Entry]:
         ("crossformer", "CrossFormer", {"dim": (32, 32, 32, 64), "depth": (1, 1, 1, 1), "global_window_size": (4, 2, 2, 1), "local_window_size": 2, "num_classes": 10}, large, ()),
         ("regionvit", "RegionViT", {"dim": (16, 32, 32, 64), "depth": (1, 1, 1, 1), "window_size": 4, "num_classes": 10}, image(side=128), ()),
         ("scalable_vit", "ScalableViT", {**STAGES, "reduction_factor": (4, 2), "window_size": (4, None)}, large, ()),
-        ("sep_vit", "SepViT", {**STAGES, "window_size": 4, "dim_head": 16}, image(side=64), ()),
         ("max_vit", "MaxViT", {"num_classes": 10, "dim": 32, "depth": (1, 1), "dim_head": 16, "window_size": 4}, large, ()),
         ("max_vit_with_registers", "MaxViT", {"num_classes": 10, "dim": 32, "depth": (1, 1), "dim_head": 16, "window_size": 4}, large, ()),
         ("nest", "NesT", {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 16, "heads": 1, "num_hierarchies": 2, "block_repeats": (1, 1), "dim_head": 16}, picture, ()),

@@ -30,12 +30,6 @@ def open_clip_entries() -> Iterator[Entry]:
         side = vision["image_size"]
         yield row("open-clip-torch", name, "open_clip.model:CLIP",
                   {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, _pair(side))  # fmt: skip
-    yield row("open-clip-torch", "coca", "open_clip.coca_model:CoCa",
-              {"embed_dim": 32,
-               "multimodal_cfg": {**TEXT, "dim_head": 16, "heads": 2, "layers": 1},
-               "text_cfg": {**TEXT, "embed_cls": True},
-               "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2,
-                              "output_tokens": True}}, _pair(32))  # fmt: skip
 
 
 def _pair(side: int) -> Any:
@@ -93,17 +87,12 @@ def old_bert(kind: str) -> Any:
         modeling,
         modeling_gpt2,
         modeling_openai,
-        modeling_transfo_xl,
     )
 
     if kind == "bert":
         return modeling.BertModel(modeling.BertConfig(50, 32, 2, 2, 64))
     if kind == "gpt2":
         return modeling_gpt2.GPT2Model(modeling_gpt2.GPT2Config(50, 32, 32, 32, 2, 2))
-    if kind == "transfo-xl":
-        return modeling_transfo_xl.TransfoXLModel(modeling_transfo_xl.TransfoXLConfig(
-            50, cutoffs=[10, 20], d_model=32, d_embed=32, n_head=2, d_head=16, d_inner=64, n_layer=2,
-            tgt_len=16, mem_len=8, div_val=1))  # fmt: skip
     return modeling_openai.OpenAIGPTModel(modeling_openai.OpenAIGPTConfig(50, 0, 32, 32, 32, 2, 2))
 
 
@@ -160,7 +149,6 @@ ROWS: Rows = (
     ("pytorch-pretrained-bert", "bert", f"{HERE}:old_bert", {"kind": "bert"}, lambda: (torch.randint(1, 50, (2, 12)), torch.zeros(2, 12).long(), torch.tensor([[1] * 12, [1] * 9 + [0] * 3])), ()),
     ("pytorch-pretrained-bert", "gpt2", f"{HERE}:old_bert", {"kind": "gpt2"}, tokens(12), ()),
     ("pytorch-pretrained-bert", "openai-gpt", f"{HERE}:old_bert", {"kind": "openai"}, tokens(12), ()),
-    ("pytorch-pretrained-bert", "transfo-xl", f"{HERE}:old_bert", {"kind": "transfo-xl"}, tokens(12), ()),
     ("taming-transformers", "gpt", "taming.modules.transformer.mingpt:GPT", {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}, tokens(12), ()),
     ("taming-transformers", "gpt-unmasked", "taming.modules.transformer.mingpt:GPT", {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_unmasked": 4}, tokens(12), ()),
     ("taming-transformers", "unet", "taming.modules.diffusionmodules.model:Model", {"ch": 32, "out_ch": 3, "ch_mult": (1, 1), "num_res_blocks": 1, "attn_resolutions": (8,), "in_channels": 3, "resolution": 16}, lambda: (torch.randn(2, 3, 16, 16), torch.tensor([3, 5])), ()),
@@ -171,12 +159,7 @@ ROWS: Rows = (
     ("torchvision", "resnet", "torchvision.models:resnet18", {}, image(side=64), ("negative",)),
     ("torchvision", "squeezenet", "torchvision.models:squeezenet1_0", {}, image(side=64), ("negative",)),
     ("lightly", "mae", "benchmarks.zoo.third_party.others:lightly_mae", {}, image(), ("random",)),
-    ("labml-nn", "mha", "labml_nn.transformers.mha:MultiHeadAttention", {"heads": 2, "d_model": 32}, lambda: dict(zip(("query", "key", "value"), [torch.randn(10, 2, 32)] * 3, strict=True)), ()),
-    ("labml-nn", "relative", "labml_nn.transformers.xl.relative_mha:RelativeMultiHeadAttention", {"heads": 2, "d_model": 32}, lambda: dict(zip(("query", "key", "value"), [torch.randn(10, 2, 32)] * 3, strict=True)), ()),
     ("labml-nn", "alibi", "labml_nn.transformers.alibi:AlibiMultiHeadAttention", {"heads": 2, "d_model": 32}, lambda: {**dict(zip(("query", "key", "value"), [torch.randn(10, 2, 32)] * 3, strict=True)), "mask": torch.ones(10, 10, 1).bool().tril()}, ()),
-    ("labml-nn", "rope", "labml_nn.transformers.rope:RotaryPEMultiHeadAttention", {"heads": 2, "d_model": 32}, lambda: dict(zip(("query", "key", "value"), [torch.randn(10, 2, 32)] * 3, strict=True)), ()),
-    ("labml-nn", "aft", "labml_nn.transformers.aft:AFTLocal", {"d_model": 32, "seq_len": 10, "local_window_size": 4}, lambda: dict(zip(("query", "key", "value"), [torch.randn(10, 2, 32)] * 3, strict=True)), ("ambiguous",)),
-    ("labml-nn", "retro", "labml_nn.transformers.primer_ez:MultiDConvHeadAttention", {"heads": 2, "d_model": 32}, lambda: dict(zip(("query", "key", "value"), [torch.randn(10, 2, 32)] * 3, strict=True)), ()),
     ("labml-nn", "unet", "labml_nn.diffusion.ddpm.unet:UNet", {"image_channels": 3, "n_channels": 32, "ch_mults": (1, 2), "is_attn": (False, True), "n_blocks": 1}, lambda: (torch.randn(2, 3, 16, 16), torch.tensor([3, 5])), ()),
     ("kornia", "vit", "kornia.models.vit:VisionTransformer", {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}, image(), ()),
     ("kornia", "tiny-vit", "kornia.models.tiny_vit:TinyViT", {"img_size": 64, "embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "window_sizes": (4, 4, 4, 2)}, image(side=64), ()),

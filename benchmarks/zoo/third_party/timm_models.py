@@ -25,7 +25,7 @@ SHRUNK: tuple[dict[str, Any], ...] = (
 
 # name of a model -> side of the picture it takes when it cannot be told one, 0: the default
 ATTENTION: dict[str, int] = {
-    "vit_tiny_patch16_224": 64, "deit_tiny_distilled_patch16_224": 64, "vit_small_patch16_siglip_224": 64,
+    "vit_tiny_patch16_224": 64, "deit_tiny_distilled_patch16_224": 64,
     "vit_base_patch16_siglip_224": 64, "vit_relpos_small_patch16_224": 64, "vit_tiny_r_s16_p8_224": 0,
     "vit_srelpos_small_patch16_224": 64, "vit_relpos_medium_patch16_rpn_224": 64,
     "vit_base_patch16_xp_224": 64, "vit_base_patch16_rpn_224": 64, "vit_base_patch16_clip_224": 64,
@@ -70,13 +70,15 @@ NEGATIVE: dict[str, int] = {
 }  # fmt: skip
 
 
-def create(name: str, fused: bool) -> nn.Module:
+def create(name: str, fused: bool, side: int) -> nn.Module:
     """A registered model, as small as its class allows, with or without fused attention."""
     import timm
     from timm.layers import set_fused_attn
 
     set_fused_attn(fused)
     for arguments in SHRUNK:
+        if not side and "img_size" in arguments:
+            continue  # its stages fit only the size that it is made for
         try:
             return timm.create_model(name, pretrained=False, num_classes=10, **arguments)
         except (
@@ -98,7 +100,7 @@ class Sized(nn.Module):
     def __init__(self, name: str, fused: bool, side: int) -> None:
         """Build the model."""
         super().__init__()
-        self.model = create(name, fused)
+        self.model = create(name, fused, side)
         self.side = side
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
