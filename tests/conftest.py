@@ -39,3 +39,6 @@ def _fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+    if "sparse_compile.backend" in sys.modules:
+        # Dynamo resets the backends that it knows; a test may have wrapped ours
+        sys.modules["sparse_compile.backend"].sparse_compile.reset()
