@@ -143,7 +143,7 @@ class _Problem:
             block = BLOCK if symbol in (t, s) else 1
             low = torch.arange(0, size, block).view(-1, *[1] * (3 - axis))
             intervals[symbol] = (low, (low + block - 1).clamp(max=size - 1))
-            blocks[symbol] = (size, block)
+            blocks[symbol] = (size, block, -(-size // block))
         if self.q.device.type == "cpu":  # elsewhere, looking at values would be a host sync
             for load in keep.atoms(Load):
                 operand = self.operands[int(load.args[0])]

@@ -30,6 +30,13 @@ from sparse_compile.passes.axes import (
     unify,
 )
 from sparse_compile.passes.candidates import DROPPED, Candidate, Declined, NotASite, Step, Tensor
+from sparse_compile.passes.lookalikes import (
+    is_linear_map,
+    is_over_channels,
+    looks_like_scores,
+    mixes_heads,
+    reaches_values,
+)
 from sparse_compile.passes.mutation import storage_root
 from sparse_compile.passes.score_walk import ScorePath, scalar, score_paths
 from sparse_compile.passes.shapes import expression, shape_of
@@ -85,17 +92,27 @@ def _read(anchor: Anchor, shadow: Shadow) -> list[Candidate]:
     keys = layout[anchor.dim]
     if not keys:
         raise NotASite
-    ways = _ways_ahead(anchor, layout, keys)
+    try:
+        ways = _ways_ahead(anchor, layout, keys)
+    except NotASite:
+        if looks_like_scores(anchor.logits, shadow) and reaches_values(anchor.weights, shadow):
+            message = "the attention weights reach V on a way that is not understood"
+            raise Declined("weights-unknown", message) from None
+        raise
     paths = score_paths(anchor.logits, layout, keys)
-    paths = [path for path in paths if not _is_linear_map(path.q, path.k, shadow)]
+    paths = [path for path in paths if not is_linear_map(path, shadow)]
     if not paths:
-        if _looks_like_scores(anchor.logits, shadow):
+        if looks_like_scores(anchor.logits, shadow):
             raise Declined(
                 "scores-unknown",
                 "the scores come from a product that no layout over query and key axes describes",
             )
         raise NotASite
     path = max(paths, key=lambda p: p.coverage)
+    if is_over_channels(path):
+        raise NotASite
+    if any(mixes_heads(path, shadow) for path in paths):
+        raise Declined("heads-mixed", "a layer mixes the scores of several heads")
     return [_candidate(anchor, shadow, layout, path, ahead) for ahead in ways]
 
 
@@ -417,54 +434,6 @@ def _check_untouched(shadow: Shadow, region: frozenset[fx.Node], out: fx.Node) -
         for write in shadow.writes.get(storage_root(node), ()):
             if write not in region and shadow.positions[write] < shadow.positions[out]:
                 raise Declined("overwritten", f"a part of {node.name} is assigned in place")
-
-
-def _looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
-    """Whether a softmax's input is, a few views and elementwise steps back, a product of activations."""
-    pending = [(logits, 0)]
-    seen: set[fx.Node] = set()
-    while pending:
-        node, depth = pending.pop()
-        if node in seen or depth > 10 or not isinstance(node, fx.Node):
-            continue
-        seen.add(node)
-        product = voc.contraction(node)
-        if product is not None:
-            if all(_is_activation(side, shadow) for side in (product.left, product.right)):
-                return True
-            continue
-        if voc.op_name(node) in _STOPS:
-            continue
-        pending.extend((source, depth + 1) for source in node.all_input_nodes)
-    return False
-
-
-_STOPS = frozenset(
-    [
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "layer_norm",
-        "embedding",
-        "gather",
-        "topk",
-    ]
-)
-
-
-def _is_activation(node: fx.Node, shadow: Shadow) -> bool:
-    last = voc.peel(node, tuple(new_axes(size) for size in shape_of(node)))[-1][0]
-    return last not in shadow.parameters and last.op != "get_attr"
-
-
-def _is_linear_map(q: Tensor, k: Tensor, shadow: Shadow) -> bool:
-    """Whether a product is a layer: one factor is a parameter, so no keys are compared with queries."""
-    bare = [voc.peel(side.node, side.layout)[-1][0] in shadow.parameters for side in (q, k)]
-    if bare[1]:
-        return True
-    return bare[0] and len(set(axes_of(q.layout))) <= 1
 
 
 def _read_fused_or_decline(node: fx.Node) -> Found:

@@ -337,18 +337,21 @@ class _Site:
         """Counts and lists of partial and full blocks, by rows and then by columns."""
         keep = self.program.keep
         intervals: dict[sympy.Basic, tuple[Any, Any]] = {}
-        blocks: dict[sympy.Symbol, tuple[Any, int]] = {}
-        inside = None
+        blocks: dict[sympy.Symbol, tuple[Any, int, Any]] = {}
+        inside = begun = None
         for axis, symbol in enumerate(INDICES):
             length, size = self.count(symbol), BLOCK if symbol in (t, s) else 1
             shape = [-1 if i == axis else 1 for i in range(4)]
             count = (length + size - 1) // size
-            blocks[symbol] = (length, size)
+            if size > 1 and not isinstance(length, int):
+                count = count + 1  # an empty block: a count that may be 1 would be compiled anew
+            blocks[symbol] = (length, size, count)
             if size > 1:
                 low = (self.arange(count) * size).view(shape)
                 intervals[symbol] = (low, torch.clamp(low + (size - 1), max=length - 1))
-                whole = low + size <= length
+                whole, starts = low + size <= length, low < length
                 inside = whole if inside is None else inside & whole
+                begun = starts if begun is None else begun & starts
             elif symbol in keep.free_symbols:
                 intervals[symbol] = (self.arange(count).view(shape),) * 2
         for symbol in self.sizes:
@@ -362,7 +365,7 @@ class _Site:
         some, every = bounds(keep, intervals)
         # a bound may be constant, or miss an axis
         every = inside & every
-        some = torch.ones_like(inside) & some
+        some = begun & some
         lists = torch.ops.sparse_compile.block_lists_v1.default(some & ~every, every)
         return [lists[number] for number in range(8)]
 

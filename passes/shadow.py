@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from sparse_compile import _compat
-from sparse_compile.passes import fast_paths
+from sparse_compile.passes import fast_paths, known_calls
 from sparse_compile.passes.mutation import mutated_arguments, opaque, writes
 
 
@@ -50,6 +50,7 @@ class _Recorder(fx.Interpreter):
         self.tracer: Any = None
         self.values: list[tuple[fx.Node, fx.Node]] = []  # (Dynamo, shadow) of equal value
         self.constants: dict[fx.Node, torch.Tensor] = {}
+        self.may_write_down = known_calls.has_stable_examples(gm.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         if self.tracer is None:
@@ -75,6 +76,11 @@ class _Recorder(fx.Interpreter):
         if n.target is torch.amp.autocast_mode._exit_autocast:
             return args[0].__exit__(None, None, None)
         slow = fast_paths.decomposition(n.target, args)
+        if slow is None and self.may_write_down:
+            with _compat.no_torch_functions():
+                value = self._written_down(n, args, kwargs)
+            if value is not None:
+                return value
         try:
             if slow is not None:
                 return slow(*args, **kwargs)
@@ -82,6 +88,32 @@ class _Recorder(fx.Interpreter):
         except Exception:
             # Analysis must not fail where the model's own compilation would succeed.
             return self._opaque(n)
+
+    def _written_down(
+        self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The value of a call whose node needs no trace; None where it does."""
+        example = n.meta.get("example_value")
+        if type(example) is not _compat.FakeTensor or _compat.is_autocast_on():
+            return None
+        call = known_calls.aten_call(n, args, kwargs)
+        if call is None:
+            return None
+        for source in n.all_input_nodes:  # the call gives back its input
+            if source.meta.get("example_value") is example:
+                return self.env[source]
+        if _compat.traced_node(example, self.tracer) is not None:
+            return None
+        target, *rest = call
+        tensors = [leaf for leaf in pytree.tree_leaves(rest) if isinstance(leaf, torch.Tensor)]
+        nodes = [_compat.traced_node(tensor, self.tracer) for tensor in tensors]
+        if None in nodes:
+            return None
+        proxies = {id(t): fx.Proxy(node, self.tracer) for t, node in zip(tensors, nodes)}  # type: ignore[arg-type]
+        args, kwargs = pytree.tree_map(lambda leaf: proxies.get(id(leaf), leaf), tuple(rest))
+        proxy = self.tracer.create_proxy("call_function", target, args, kwargs)
+        _compat.track_one(example, proxy, self.tracer)
+        return example
 
     def _constant(self, n: fx.Node) -> Any:
         value = self.fetch_attr(n.target)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -63,6 +65,24 @@ def track(value: Any, proxy: fx.Proxy, tracer: Any) -> None:
     from torch.fx.experimental.proxy_tensor import track_tensor_tree
 
     track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+
+def track_one(value: torch.Tensor, proxy: fx.Proxy, tracer: Any) -> None:
+    """Make `proxy` stand for one tensor whose metadata will not change; cheaper than `track`."""
+    from torch.fx.experimental.proxy_tensor import track_tensor
+
+    track_tensor(value, proxy, constant=None, tracer=tracer)
+    proxy.node.meta["val"] = value
+
+
+def no_torch_functions() -> Any:
+    """Inside, no torch function mode sees what is asked of tensors."""
+    return torch._C.DisableTorchFunction()
+
+
+def is_autocast_on() -> bool:
+    """Whether operators that run now are cast."""
+    return torch._C._is_any_autocast_enabled()
 
 
 @contextmanager

@@ -38,31 +38,36 @@ class _Session:
 
     def clear(self) -> None:
         with self._lock:
-            self._graphs: list[GraphReport] = []
-            self._breaks: list[GraphBreak] = []
+            self._graphs: list[tuple[GraphReport, tuple[GraphBreak, ...]]] = []
 
     def add(self, graph: GraphReport, breaks: Sequence[GraphBreak]) -> None:
         with self._lock:
-            self._graphs.append(graph)
-            self._breaks.extend(breaks)
+            self._graphs.append((graph, tuple(breaks)))
 
-    def take_back(self, error: str) -> None:
-        """The graph added last was not used after all: its sites are as the model wrote them."""
-        reason = "the rewritten graph could not be compiled; see the graph's error"
+    def remove(self, graph: GraphReport) -> None:
+        """Forget a graph that Dynamo is going to trace again."""
         with self._lock:
-            last = self._graphs[-1]
-            sites = tuple(
-                msgspec.structs.replace(
-                    site, status="declined", reason_code="compile-failed", reason=reason,
-                    kernel=None, loop_order=None, why=None,
-                )
-                for site in last.sites
-            )  # fmt: skip
-            self._graphs[-1] = msgspec.structs.replace(last, sites=sites, error=error)
+            self._graphs = [known for known in self._graphs if known[0] is not graph]
+
+    def take_back(self, graph: GraphReport, error: str) -> None:
+        """A graph was not used after all: its sites are as the model wrote them."""
+        reason = "the rewritten graph could not be compiled; see the graph's error"
+        sites = tuple(
+            msgspec.structs.replace(
+                site, status="declined", reason_code="compile-failed", reason=reason,
+                kernel=None, loop_order=None, why=None,
+            )
+            for site in graph.sites
+        )  # fmt: skip
+        kept = msgspec.structs.replace(graph, sites=sites, error=error)
+        with self._lock:
+            self._graphs = [(kept if g is graph else g, breaks) for g, breaks in self._graphs]
 
     def report(self) -> Report:
         with self._lock:
-            return Report(graphs=tuple(self._graphs), graph_breaks=tuple(self._breaks))
+            graphs = tuple(graph for graph, _ in self._graphs)
+            breaks = tuple(found for _, own in self._graphs for found in own)
+        return Report(graphs=graphs, graph_breaks=breaks)
 
 
 _session = _Session()
@@ -119,10 +124,13 @@ def _compiled(
     outcome = _rewrite(gm, example_inputs, config)
     try:
         compiled = compile_graph(gm, example_inputs)
+    except _compat.RestartAnalysis:  # Dynamo traces the frame again and calls us with the result
+        _session.remove(outcome.report)
+        raise
     except Exception as error:
         if not any(site.status == "rewritten" for site in outcome.report.sites):
             raise
-        return _without_us(compile_graph, original, example_inputs, error)
+        return _without_us(compile_graph, original, example_inputs, outcome.report, error)
     if not outcome.value_guards:
         return compiled
     fallback = functools.partial(compile_graph, original)
@@ -133,6 +141,7 @@ def _without_us(
     compile_graph: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     original: fx.GraphModule,
     example_inputs: Sequence[Any],
+    report: GraphReport,
     error: Exception,
 ) -> Callable[..., Any]:
     """Compile a graph as it was, after its rewritten form could not be compiled."""
@@ -142,8 +151,7 @@ def _without_us(
         type(error).__name__,
         str(error).strip().splitlines()[0] if str(error).strip() else "",
     )
-    text = "".join(traceback.format_exception(error))
-    _session.take_back(text)
+    _session.take_back(report, "".join(traceback.format_exception(error)))
     return compiled
 
 

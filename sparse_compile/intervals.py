@@ -62,7 +62,7 @@ def bounds(expr: sympy.Basic, intervals: Mapping[sympy.Basic, tuple[Any, Any]]) 
 def load_extrema(
     operand: torch.Tensor | Source,
     load: Load,
-    blocks: Mapping[sympy.Symbol, tuple[Any, int]],
+    blocks: Mapping[sympy.Symbol, tuple[Any, int, Any]],
     lengths: Mapping[sympy.Symbol, Any],
     arange: Callable[[Any], Any],
 ) -> Interval | None:
@@ -71,7 +71,8 @@ def load_extrema(
     Args:
         operand: What `load` reads.
         load: The read; its positions must be as `slice_of` wants them.
-        blocks: Length and block size of each index symbol, in the order of the result's axes.
+        blocks: Length, block size and number of blocks of each index symbol, in the order of the
+            result's axes. Blocks may lie behind the end.
         lengths: The lengths as numbers or symbolic sizes, where those of `blocks` may be proxies.
         arange: Makes the numbers up to a length, where the operand is.
 
@@ -79,15 +80,15 @@ def load_extrema(
         Float64 tensors with one axis per symbol of `blocks` (of size 1 for a symbol that does not
         occur), or None if the positions have another form.
     """
-    ranges = {symbol: (0, length) for symbol, (length, _) in blocks.items()}
+    ranges = {symbol: (0, length) for symbol, (length, _, _) in blocks.items()}
     part = slice_of(operand, load, ranges, lengths)
     if part is None:
         return None
     low = high = part.detach().to(torch.float64)
-    for axis, (symbol, (length, size)) in enumerate(blocks.items()):
+    for axis, (symbol, (length, size, count)) in enumerate(blocks.items()):
         if size > 1 and symbol in load.args:
             # positions past the end repeat the last element, which changes no extremum
-            padded = arange((length + size - 1) // size * size)
+            padded = arange(count * size)
             position = torch.clamp(padded, max=length - 1)
             low, high = (
                 reduce(value.index_select(axis, position).unflatten(axis, (-1, size)), axis + 1)

@@ -6,71 +6,23 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import sparse_compile
 from sparse_compile import ConfigError, DeclinedSiteError, ModelError, _compat, backend, pipeline
+from tests.small_attention import Attention, Buffered, H, T, compiled, the_site, tokens
 
 ROOT = Path(__file__).resolve().parent.parent
-B, H, T, D = 2, 2, 6, 4
-
-
-@pytest.fixture(autouse=True)
-def _start_fresh() -> None:
-    torch._dynamo.reset()
-
-
-class Attention(nn.Module):
-    """Causal attention with projections, as a model would write it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(H * D, 3 * H * D)
-        self.out = nn.Linear(H * D, H * D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        scores = (q @ k.mT * D**-0.5).masked_fill(~keep, float("-inf"))
-        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class Buffered(Attention):
-    """The same with its mask in a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("keep", torch.ones(T, T, dtype=torch.bool).tril())
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        scores = (q @ k.mT).masked_fill(~self.keep[: x.shape[1], : x.shape[1]], float("-inf"))
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-def tokens(count: int = T, **options: Any) -> Tensor:
-    return torch.randn(B, count, H * D, **options)
 
 
 def with_weights(x: Tensor) -> tuple[Tensor, Tensor]:
     weights = (x @ x.mT).softmax(-1)
     return weights @ x, weights
-
-
-def compiled(model: Any, *, full: bool = False, **options: Any) -> Callable[..., Any]:
-    chosen = backend.sparse_compile if full else backend.rewrite_only
-    return torch.compile(model, backend=chosen, **options)
-
-
-def the_site() -> Any:
-    (site,) = sparse_compile.last_report().sites
-    return site
 
 
 # -- with Inductor: tiny graphs, since every one of them is compiled by the C++ compiler
@@ -318,3 +270,21 @@ def test_a_rewritten_graph_that_does_not_compile_runs_as_it_was(
     assert "no kernel for this" in (graph.error or "")
     assert [site.reason_code for site in graph.sites] == ["compile-failed"]
     assert "could not be compiled" in caplog.text
+
+
+def test_a_graph_that_dynamo_traces_again_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor may ask Dynamo to trace a frame again; that is no failure of the rewritten graph."""
+    seen = []
+
+    def restart_once(gm: fx.GraphModule, inputs: object, patches: object) -> object:
+        seen.append(gm.code)
+        if len(seen) == 1:
+            raise _compat.RestartAnalysis
+        return gm.forward
+
+    monkeypatch.setattr(_compat, "compile_with_inductor", restart_once)
+    compiled(Attention(), full=True)(tokens())
+    (graph,) = sparse_compile.last_report().graphs
+    assert [site.status for site in graph.sites] == ["rewritten"]
+    assert len(seen) == 2
+    assert all("scaled_dot_product_attention" in code for code in seen)

@@ -13,54 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
 from sparse_compile import backend
-
-B, H, T, D = 2, 2, 6, 4
-
-
-@pytest.fixture(autouse=True)
-def _start_fresh() -> None:
-    torch._dynamo.reset()
-
-
-class Attention(nn.Module):
-    """Causal attention with projections, as a model would write it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(H * D, 3 * H * D)
-        self.out = nn.Linear(H * D, H * D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        scores = (q @ k.mT * D**-0.5).masked_fill(~keep, float("-inf"))
-        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class Buffered(Attention):
-    """The same with its mask in a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("keep", torch.ones(T, T, dtype=torch.bool).tril())
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        scores = (q @ k.mT).masked_fill(~self.keep[: x.shape[1], : x.shape[1]], float("-inf"))
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-def tokens(count: int = T, **options: Any) -> Tensor:
-    return torch.randn(B, count, H * D, **options)
-
-
-def compiled(model: Any, **options: Any) -> Callable[..., Any]:
-    return torch.compile(model, backend=backend.rewrite_only, **options)
-
-
-def the_site() -> Any:
-    (site,) = sparse_compile.last_report().sites
-    return site
+from tests.small_attention import Attention, Buffered, T, compiled, the_site, tokens
 
 
 def test_a_changed_mask_buffer_of_changing_lengths() -> None:

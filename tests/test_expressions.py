@@ -137,10 +137,11 @@ def test_evaluate_is_exact(expr, values):
 @given(st.one_of(numbers, predicates), operand_values, st.integers(1, 4), st.integers(1, 4))
 def test_bounds_are_never_too_tight(expr, values, row_block, key_block):
     operands = operands_of(values)
-    blocks = {t: (ROWS, row_block), s: (KEYS, key_block)}
+    shape = (-(-ROWS // row_block), -(-KEYS // key_block))
+    blocks = {t: (ROWS, row_block, shape[0]), s: (KEYS, key_block, shape[1])}
     lengths = {t: ROWS, s: KEYS}
     intervals = {}
-    for axis, (symbol, (length, size)) in enumerate(blocks.items()):
+    for axis, (symbol, (length, size, _)) in enumerate(blocks.items()):
         low = torch.arange(0, length, size).view([-1 if i == axis else 1 for i in range(2)])
         intervals[symbol] = (low, (low + size - 1).clamp(max=length - 1))
     for load in expr.atoms(Load):
@@ -148,12 +149,11 @@ def test_bounds_are_never_too_tight(expr, values, row_block, key_block):
             intervals[load] = load_extrema(
                 operands[int(load.args[0])], load, blocks, lengths, torch.arange
             )
-    shape = (-(-ROWS // row_block), -(-KEYS // key_block))
     low, high = (torch.as_tensor(end).expand(shape) for end in bounds(expr, intervals))
     true = torch.as_tensor(evaluate(expr, grid(), operands)).expand(ROWS, KEYS)
     for i, j in itertools.product(range(shape[0]), range(shape[1])):
         part = true[i * row_block : (i + 1) * row_block, j * key_block : (j + 1) * key_block]
-        if part.dtype == torch.bool:
+        if expr.is_Boolean:
             assert low[i, j] or not part.any(), ("possible", expr, i, j)
             assert part.all() or not high[i, j], ("certain", expr, i, j)
         else:
@@ -178,7 +178,7 @@ def test_bounds_are_never_too_tight(expr, values, row_block, key_block):
 )
 def test_bounds_find_the_blocks_of_common_masks(keep, partial, full):
     document = torch.tensor([0] * 8 + [1] * 4)
-    blocks = {t: (12, 4), s: (12, 4)}
+    blocks = {t: (12, 4, 3), s: (12, 4, 3)}
     low = {t: torch.tensor([[0], [4], [8]]), s: torch.tensor([0, 4, 8])}
     intervals = {symbol: (value, value + 3) for symbol, value in low.items()}
     for load in keep.atoms(Load):
@@ -202,7 +202,7 @@ def test_reads_of_whole_numbers_bound_exactly():
     """A size that comes as an operand cuts blocks as sharply as a number does."""
     low = {t: torch.tensor([[0], [4]]), s: torch.tensor([0, 4, 8])}
     intervals = {symbol: (value, value + 3) for symbol, value in low.items()}
-    blocks = {t: (8, 4), s: (12, 4)}
+    blocks = {t: (8, 4, 2), s: (12, 4, 3)}
     for dtype, is_whole in ((torch.int64, True), (torch.float32, False)):
         size = torch.tensor(4, dtype=dtype)
         read = load_extrema(size, Load(0), blocks, {t: 8, s: 12}, torch.arange)

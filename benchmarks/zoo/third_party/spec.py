@@ -64,7 +64,10 @@ def row(
         torch.manual_seed(1)
         made = inputs()
         args, kwargs = ((), made) if isinstance(made, dict) else (made, {})
-        model = stirred(lambda: _module(factory(**given)).eval(), args, kwargs)
+        try:
+            model = stirred(lambda: _module(factory(**given)).eval(), args, kwargs)
+        except ImportError as error:  # where the factory imports its package
+            raise UnavailableError(f"{package}: {type(error).__name__}: {error}") from error
         return model, args, kwargs
 
     return Entry(name, package, make, frozenset(tags))
