@@ -109,7 +109,10 @@ class _Recorder(fx.Interpreter):
         nodes = [_compat.traced_node(tensor, self.tracer) for tensor in tensors]
         if None in nodes:
             return None
-        proxies = {id(t): fx.Proxy(node, self.tracer) for t, node in zip(tensors, nodes)}  # type: ignore[arg-type]
+        proxies = {
+            id(tensor): fx.Proxy(node, self.tracer)  # type: ignore[arg-type]
+            for tensor, node in zip(tensors, nodes, strict=True)
+        }
         args, kwargs = pytree.tree_map(lambda leaf: proxies.get(id(leaf), leaf), tuple(rest))
         proxy = self.tracer.create_proxy("call_function", target, args, kwargs)
         _compat.track_one(example, proxy, self.tracer)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+RestartAnalysis = TensorifyScalarRestartAnalysis  # what Dynamo lets a backend raise, to trace again
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
