@@ -60,8 +60,19 @@ _SIZED = {
 }
 # After one of these a tensor's example no longer has the sizes it had when it was made.
 _RESHAPES_IN_PLACE = frozenset(
-    """unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_
-    detach_""".split()
+    [
+        "unsqueeze_",
+        "squeeze_",
+        "transpose_",
+        "t_",
+        "swapaxes_",
+        "swapdims_",
+        "as_strided_",
+        "resize_",
+        "resize_as_",
+        "set_",
+        "detach_",
+    ]
 )
 
 Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
