@@ -200,14 +200,11 @@ class Emitter:
         """
         layout = resolve_layout(layout)
         here = axes_of(layout)
-        if any(len(dim) != 1 for dim in layout):
-            node = self.reshape(node, [axis.size for axis in here])
         wanted = [axis for dim in order for axis in resolve(dim)]
         present = [axis for axis in wanted if axis in here]
         if len(present) != len(here):
             raise Declined("layout", "a tensor has an axis that the attention does not know")
-        if present != list(here):
-            node = self.method("permute", node, tuple(here.index(axis) for axis in present))
+        node = self._permuted(node, here, present)
         sizes: list[sympy.Expr] = []
         for position, dim in enumerate(order):
             axes = resolve(dim)
@@ -233,10 +230,15 @@ class Emitter:
         wanted = list(axes_of(layout))
         if set(wanted) != set(here):
             raise Declined("layout", "the output lacks an axis of the attention")
-        node = self.reshape(node, [axis.size for axis in here])
-        if wanted != here:
-            node = self.method("permute", node, tuple(here.index(axis) for axis in wanted))
+        node = self._permuted(node, here, wanted)
         return self.reshape(node, [size_of(dim) for dim in layout])
+
+    def _permuted(self, node: fx.Node, axes: Sequence[Axis], wanted: Sequence[Axis]) -> fx.Node:
+        """One dimension per axis, in the wanted order; as it is where that is the order already."""
+        if list(axes) == list(wanted):
+            return node
+        node = self.reshape(node, [axis.size for axis in axes])
+        return self.method("permute", node, tuple(axes.index(axis) for axis in wanted))
 
 
 def _shape(node: fx.Node) -> tuple[sympy.Expr, ...] | None:

@@ -150,10 +150,10 @@ def _slice(source: Any, index: Any) -> Call | None:
 
 
 def _are_whole(values: Sequence[Any]) -> bool:
-    return all(type(value) is int for value in values)
+    return all(type(value) is int or isinstance(value, torch.SymInt) for value in values)
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (Tensor, bool, int, float, str))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.SymInt))

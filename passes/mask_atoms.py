@@ -200,4 +200,5 @@ class _Printer(StrPrinter):
         self._names = names
 
     def _print_Load(self, load: sympy.Basic) -> str:
-        return f"{_name(load, self._names)}[{self.stringify(load.args[1:], ', ')}]"
+        name, indices = _name(load, self._names), load.args[1:]
+        return f"{name}[{self.stringify(indices, ', ')}]" if indices else name

@@ -105,13 +105,14 @@ class _Recorder(fx.Interpreter):
         if _compat.traced_node(example, self.tracer) is not None:
             return None
         target, *rest = call
-        tensors = [leaf for leaf in pytree.tree_leaves(rest) if isinstance(leaf, torch.Tensor)]
-        nodes = [_compat.traced_node(tensor, self.tracer) for tensor in tensors]
+        kinds = (torch.Tensor, torch.SymInt)
+        values = [leaf for leaf in pytree.tree_leaves(rest) if isinstance(leaf, kinds)]
+        nodes = [_compat.traced_node(value, self.tracer) for value in values]
         if None in nodes:
             return None
         proxies = {
-            id(tensor): fx.Proxy(node, self.tracer)  # type: ignore[arg-type]
-            for tensor, node in zip(tensors, nodes, strict=True)
+            id(value): fx.Proxy(node, self.tracer)  # type: ignore[arg-type]
+            for value, node in zip(values, nodes, strict=True)
         }
         args, kwargs = pytree.tree_map(lambda leaf: proxies.get(id(leaf), leaf), tuple(rest))
         proxy = self.tracer.create_proxy("call_function", target, args, kwargs)
