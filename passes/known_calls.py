@@ -23,7 +23,6 @@ _FUNCTIONS: dict[Any, Any] = {
     torch.matmul: _aten.matmul.default,
     operator.matmul: _aten.matmul.default,
     torch.bmm: _aten.bmm.default,
-    torch.cat: _aten.cat.default,
     torch.neg: _aten.neg.default,
     operator.neg: _aten.neg.default,
     torch.rsqrt: _aten.rsqrt.default,
@@ -104,6 +103,8 @@ def _of_function(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return None if kwargs else _arithmetic(target, args)
     if target is operator.getitem:
         return _slice(*args)
+    if target is torch.cat:
+        return _cat(*args, **kwargs)
     if target in _WITHOUT_INPLACE:
         is_inplace = kwargs.get("inplace", False) or len(args) > 1
         return None if is_inplace else (_WITHOUT_INPLACE[target], args, {})
@@ -119,7 +120,8 @@ def _of_method(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return _aten.pow.Tensor_Scalar, args, {}
     if target == "mean" and len(args) == 2 and set(kwargs) <= {"keepdim"}:
         dims = args[1] if isinstance(args[1], (tuple, list)) else [args[1]]
-        return (_aten.mean.dim, (args[0], list(dims)), kwargs) if _are_whole(dims) else None
+        keep = (True,) if kwargs.get("keepdim") else ()
+        return (_aten.mean.dim, (args[0], list(dims), *keep), {}) if _are_whole(dims) else None
     if target == "transpose" and (kwargs or not _are_whole(args[1:])):
         return None
     found = _METHODS.get(target)
@@ -133,6 +135,12 @@ def _arithmetic(target: Any, args: tuple[Any, ...]) -> Call | None:
             return None
         first, second = second, first
     return _ARITHMETIC[target], (first, second), {}
+
+
+def _cat(tensors: Any = (), dim: Any = None, **others: Any) -> Call | None:
+    if others or type(dim) is not int or not isinstance(tensors, (tuple, list)):
+        return None
+    return _aten.cat.default, (list(tensors), *([dim] if dim else [])), {}
 
 
 def _slice(source: Any, index: Any) -> Call | None:

@@ -115,7 +115,8 @@ class _Recorder(fx.Interpreter):
             for value, node in zip(values, nodes, strict=True)
         }
         args, kwargs = pytree.tree_map(lambda leaf: proxies.get(id(leaf), leaf), tuple(rest))
-        proxy = self.tracer.create_proxy("call_function", target, args, kwargs)
+        name = target.overloadpacket.__name__
+        proxy = self.tracer.create_proxy("call_function", target, args, kwargs, name=name)
         _compat.track_one(example, proxy, self.tracer)
         return example
 

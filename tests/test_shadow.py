@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparse_compile.passes import known_calls
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.mutation import opaque
 from sparse_compile.passes.shadow import Shadow, build_shadow, is_impure
@@ -243,3 +244,46 @@ def test_which_nodes_have_effects() -> None:
     assert [is_impure(node) for node in (x, pure, in_place, size, attribute)] == [
         True, False, True, False, False,
     ]  # fmt: skip
+
+
+# -- calls that are written down instead of traced
+
+WRITTEN_DOWN = {
+    "linear": lambda x: F.linear(x, x[0]),
+    "matmul": lambda x: x @ x.mT + torch.matmul(x, x.mT),
+    "bmm": lambda x: torch.bmm(x, x.mT),
+    "numbers": lambda x: 2.0 * x / 3 - (1 + x) * x,
+    "rms-norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "rotary": lambda x: torch.cat((-x[..., 2:], x[..., :2]), dim=-1) * x.cos() + x.sin(),
+    "activations": lambda x: F.silu(x) + F.gelu(x, approximate="tanh") + torch.tanh(F.relu(x)),
+    "views": lambda x: x.view(2, 3, 2, 2).transpose(1, 2).reshape(4, -1).unsqueeze(0),
+    "heads": lambda x: x.unsqueeze(1).expand(2, 2, 3, 4).permute(0, 2, 1, 3).contiguous(),
+    "itself": lambda x: x.contiguous().view(2, 3, 4) * 1,
+    "inplace": lambda x: F.relu((x * 2).view(-1, 4), inplace=True).add_(1) * 2,
+    "changed-sizes": lambda x: (x * 1).transpose_(1, 2).unsqueeze(0) + 1,
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", WRITTEN_DOWN)
+def test_what_is_written_down_equals_the_trace(
+    name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calls(shadow: Shadow) -> list[tuple[object, ...]]:
+        nodes = [node for node in shadow.graph.nodes if node.op == "call_function"]
+        return [
+            (node.target, str(node.args), str(node.kwargs), str(node.meta["val"])) for node in nodes
+        ]
+
+    seen: list[list[tuple[object, ...]]] = []
+
+    def both(gm: fx.GraphModule, inputs: list[object]) -> object:
+        seen.append(calls(build_shadow(gm, inputs)))
+        with monkeypatch.context() as patch:
+            patch.setattr(known_calls, "has_stable_examples", lambda graph: False)
+            seen.append(calls(build_shadow(gm, inputs)))
+        return gm.forward
+
+    torch.compile(WRITTEN_DOWN[name], backend=both, dynamic=dynamic)(torch.randn(2, 3, 4))
+    written, traced = seen
+    assert written == traced
