@@ -35,7 +35,7 @@ from sparse_compile.passes.lookalikes import (
     is_over_channels,
     looks_like_scores,
     mixes_heads,
-    reaches_values,
+    way_to_values,
 )
 from sparse_compile.passes.mutation import storage_root
 from sparse_compile.passes.score_walk import ScorePath, scalar, score_paths
@@ -95,10 +95,14 @@ def _read(anchor: Anchor, shadow: Shadow) -> list[Candidate]:
     try:
         ways = _ways_ahead(anchor, layout, keys)
     except NotASite:
-        if looks_like_scores(anchor.logits, shadow) and reaches_values(anchor.weights, shadow):
-            message = "the attention weights reach V on a way that is not understood"
-            raise Declined("weights-unknown", message) from None
-        raise
+        way = way_to_values(anchor.weights, shadow)
+        if way is None or not looks_like_scores(anchor.logits, shadow):
+            raise
+        if way == "mixed":
+            message = "a layer mixes the attention weights of several heads"
+            raise Declined("heads-mixed", message) from None
+        message = "the attention weights are copied together from parts before they meet V"
+        raise Declined("weights-copied", message) from None
     paths = score_paths(anchor.logits, layout, keys)
     paths = [path for path in paths if not is_linear_map(path, shadow)]
     if not paths:
@@ -421,7 +425,7 @@ def _check_convex(shadow: Shadow, region: frozenset[fx.Node], inputs: Collection
         if node in inside:
             raise Declined("not-convex", "an input of the attention depends on its own scores")
         seen.add(node)
-        pending.extend(node.all_input_nodes)
+        pending.extend(voc.value_inputs(node))
 
 
 def _check_untouched(shadow: Shadow, region: frozenset[fx.Node], out: fx.Node) -> None:

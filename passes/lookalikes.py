@@ -7,7 +7,7 @@ over channels, scores may be mixed over heads or copied together from chunks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import fx
 
@@ -96,31 +96,35 @@ def looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
     return False
 
 
-def reaches_values(weights: fx.Node, shadow: Shadow) -> bool:
-    """Whether a softmax's output comes to a product with an activation, but not by views alone.
+def way_to_values(weights: fx.Node, shadow: Shadow) -> Literal["mixed", "copied"] | None:
+    """How a softmax's output comes to a product with an activation, if not by views alone.
 
-    On the way it is copied in parts, or a layer mixes it.
+    Returns:
+        "mixed" where a layer stands between, "copied" where parts are copied together.
     """
-    pending, seen = [(weights, 0, False)], set()
+    pending: list[tuple[fx.Node, int, Literal["mixed", "copied"] | None]] = [(weights, 0, None)]
+    seen = set()
     while pending:
-        node, depth, is_changed = pending.pop()
-        if (node, is_changed) in seen or depth > _REACH:
+        node, depth, way = pending.pop()
+        if (node, way) in seen or depth > _REACH:
             continue
-        seen.add((node, is_changed))
+        seen.add((node, way))
         for user in node.users:
             name = voc.op_name(user)
             product = voc.contraction(user)
             if product is not None and node in (product.left, product.right):
                 other = product.right if node is product.left else product.left
                 if not _is_activation(other, shadow):
-                    pending.append((user, depth + 1, True))
-                elif is_changed and len(shape_of(other)) > 1:
-                    return True
-            elif name in _COPIES or name in _CONVOLUTIONS:
-                pending.append((user, depth + 1, True))
+                    pending.append((user, depth + 1, "mixed"))
+                elif way is not None and len(shape_of(other)) > 1:
+                    return way
+            elif name in _CONVOLUTIONS:
+                pending.append((user, depth + 1, "mixed"))
+            elif name in _COPIES:
+                pending.append((user, depth + 1, way or "copied"))
             elif name in _MOVES or (voc.is_tensor(user) and shape_of(user) == shape_of(node)):
-                pending.append((user, depth + 1, is_changed))
-    return False
+                pending.append((user, depth + 1, way))
+    return None
 
 
 def _is_activation(node: fx.Node, shadow: Shadow) -> bool:

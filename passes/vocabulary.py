@@ -63,6 +63,20 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+_TAKES_SHAPE = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])  # of the second
+_TAKES_NO_VALUE = frozenset(
+    ["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full"]
+)
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose elements matter: not those that only lend their shape or dtype."""
+    name = plain_name(node)
+    if name in _TAKES_NO_VALUE:
+        return []
+    return node.all_input_nodes[:1] if name in _TAKES_SHAPE else node.all_input_nodes
+
+
 def is_tensor(value: Any) -> bool:
     """Whether an argument is a node that yields one tensor."""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)

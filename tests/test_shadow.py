@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -271,8 +272,10 @@ def test_what_is_written_down_equals_the_trace(
 ) -> None:
     def calls(shadow: Shadow) -> list[tuple[object, ...]]:
         nodes = [node for node in shadow.graph.nodes if node.op == "call_function"]
+        numbered = re.compile(r"_\d+")  # the names of sizes' operators may differ
         return [
-            (node.target, str(node.args), str(node.kwargs), str(node.meta["val"])) for node in nodes
+            (node.target, numbered.sub("", f"{node.args} {node.kwargs}"), str(node.meta["val"]))
+            for node in nodes
         ]
 
     seen: list[list[tuple[object, ...]]] = []
