@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_compile.passes.shadow import Shadow
 
 _CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d", "convolution"])
+_LAYERS = _CONVOLUTIONS | {"linear"}
 _ENDS = frozenset(
     [
         "linear",
@@ -36,9 +37,9 @@ _ENDS = frozenset(
 )
 _PARTS = frozenset(["chunk", "split", "split_with_sizes", "unbind", "tensor_split", "unsafe_chunk"])
 _COPIES = frozenset(["pad", "constant_pad_nd", "as_strided", "unfold", "cat", "stack"])
-_MOVES = voc.RESHAPES | voc.SAME | voc.CASTS | {"permute", "transpose", "slice", "select", "expand"}
+_MOVES = voc.RESHAPES | voc.SAME | voc.CASTS | {"slice", "select", "expand"}
 _REACH = 16  # operators; how far a way that is not understood is followed
-_LAYERS = 2  # a layer over tokens (Linformer) may follow the layer that makes the keys
+_LAYERS_BACK = 2  # a layer over tokens (Linformer) may follow the layer that makes the keys
 
 
 def is_linear_map(path: ScorePath, shadow: Shadow) -> bool:
@@ -73,6 +74,7 @@ def is_over_channels(path: ScorePath) -> bool:
 def looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
     """Whether a softmax's input comes from a product of activations by way of copies and views."""
     pending, seen = [(logits, 0)], set()
+    sizes = sorted(map(str, shape_of(logits)))
     while pending:
         node, depth = pending.pop()
         if node in seen or depth > _REACH:
@@ -85,8 +87,8 @@ def looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
                 return True
             pending.extend((side, depth + 1) for side in sides)
             continue
-        if voc.op_name(node) in _ENDS - _CONVOLUTIONS:
-            continue
+        if voc.op_name(node) in _ENDS and sorted(map(str, shape_of(node))) != sizes:
+            continue  # a layer over heads keeps the sizes
         written = shadow.writes.get(storage_root(node), ())
         sources = [
             *node.all_input_nodes,
@@ -103,7 +105,7 @@ def way_to_values(weights: fx.Node, shadow: Shadow) -> Literal["mixed", "copied"
         "mixed" where a layer stands between, "copied" where parts are copied together.
     """
     pending: list[tuple[fx.Node, int, Literal["mixed", "copied"] | None]] = [(weights, 0, None)]
-    seen = set()
+    seen, sizes = set(), sorted(map(str, shape_of(weights)))
     while pending:
         node, depth, way = pending.pop()
         if (node, way) in seen or depth > _REACH:
@@ -118,13 +120,18 @@ def way_to_values(weights: fx.Node, shadow: Shadow) -> Literal["mixed", "copied"
                     pending.append((user, depth + 1, "mixed"))
                 elif way is not None and len(shape_of(other)) > 1:
                     return way
-            elif name in _CONVOLUTIONS:
-                pending.append((user, depth + 1, "mixed"))
+            elif name in _LAYERS:
+                if sorted(map(str, shape_of(user))) == sizes:
+                    pending.append((user, depth + 1, "mixed"))
             elif name in _COPIES:
                 pending.append((user, depth + 1, way or "copied"))
-            elif name in _MOVES or (voc.is_tensor(user) and shape_of(user) == shape_of(node)):
+            elif name in _MOVES or voc.permutation(user) or _keeps_shape(user, node):
                 pending.append((user, depth + 1, way))
     return None
+
+
+def _keeps_shape(user: fx.Node, node: fx.Node) -> bool:
+    return voc.is_tensor(user) and shape_of(user) == shape_of(node)
 
 
 def _is_activation(node: fx.Node, shadow: Shadow) -> bool:
@@ -144,7 +151,7 @@ def _features(tensor: Tensor) -> Iterator[tuple[Axis, ...]]:
         node, layout = voc.peel(node, layout)[-1]
         name = voc.op_name(node)
         before = None
-        if name == "linear" or name in _CONVOLUTIONS or voc.contraction(node) is not None:
+        if name in _LAYERS or voc.contraction(node) is not None:
             own, before = _through_layer(node, layout)
             yield own
             n_layers += 1
@@ -153,7 +160,7 @@ def _features(tensor: Tensor) -> Iterator[tuple[Axis, ...]]:
                 before = _through_part(node, layout) or _through_elementwise(node, layout)
             except AxisMismatch:
                 return
-        if before is None or n_layers == _LAYERS:
+        if before is None or n_layers == _LAYERS_BACK:
             return
         node, layout = before
 

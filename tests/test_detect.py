@@ -126,6 +126,12 @@ def pooled(x: Tensor, choice: nn.Parameter) -> Tensor:
     return (x @ choice).softmax(-2).mT @ x
 
 
+def over_channels(x: Tensor, w: nn.Parameter) -> Tensor:
+    """XCiT: a softmax over channels, products over tokens."""
+    q, k, v = F.linear(x, w).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 4, 1)
+    return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
+
+
 X = torch.randn(S, D)
 NO_SITES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "slot-attention": (slots, qkv()),
@@ -142,6 +148,9 @@ NO_SITES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     ),
     "router": (
         router, (X, nn.Parameter(torch.randn(D, 3)), nn.Parameter(torch.randn(3, D, D)))
+    ),
+    "over-channels": (
+        over_channels, (torch.randn(B, S, D), nn.Parameter(torch.randn(3 * H * 3, D)))
     ),
     "weights-only": (lambda q, k, v: (q @ k.mT).softmax(-1) + v.sum(), qkv()),
     "weights-summed-alone": (lambda q, k, v: (q @ k.mT).softmax(-1).sum(-1), qkv()),
@@ -184,6 +193,24 @@ def sink_with_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ torch.cat([v, v[:, :, :1] * 0], 2)
 
 
+MIX = nn.Parameter(torch.randn(H, H, dtype=torch.float64))
+
+
+def mixed_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Talking heads: a layer over the heads of the scores."""
+    return torch.einsum("gh,bhts->bgts", MIX, q @ k.mT).softmax(-1) @ v
+
+
+def mixed_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return F.linear(weights.movedim(1, -1), MIX).movedim(-1, 1) @ v
+
+
+def copied_together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Longformer: weights of chunks, padded to whole rows."""
+    return F.pad((q @ k[:, :, :-2].mT).softmax(-1), (1, 1)) @ v
+
+
 DECLINED: dict[str, tuple[Callable[..., object], str]] = {
     "weights-returned": (returned, "weights-escape"),
     "weights-used-by-others": (also_summed, "weights-escape"),
@@ -196,6 +223,9 @@ DECLINED: dict[str, tuple[Callable[..., object], str]] = {
     "sink-in-front-kept": (sink_in_front_kept, "keys-dropped"),
     "last-key-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., :-1] @ v[:, :, 1:], "keys-dropped"),
     "two-keys-cut-off": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., :-2] @ v[:, :, 2:], "weights-cut"),
+    "heads-mixed-before": (mixed_before, "heads-mixed"),
+    "heads-mixed-behind": (mixed_behind, "heads-mixed"),
+    "copied-together": (copied_together, "weights-copied"),
     "shifted-weights": (lambda q, k, v: ((q @ k.mT).softmax(-1) + 0.1) @ v, "weights-op"),
     "filled-weights": (
         lambda q, k, v: (q @ k.mT).softmax(-1).masked_fill(torch.ones(T, S).triu(1) > 0, 0.5) @ v,
@@ -272,3 +302,30 @@ def test_attention_pooling_with_a_learned_query_is_a_site() -> None:
 
     (site,) = rewritten_alike(function, x)
     assert site.status == "rewritten"
+
+
+def test_a_layer_over_tokens_leaves_an_attention_a_site() -> None:
+    """Linformer: K and V are projected to fewer tokens."""
+    fewer = nn.Parameter(torch.randn(3, S))
+    q, k, v = nn.Parameter(torch.randn(3, D, D))
+    x = torch.randn(B, S, D)
+
+    def function(x: Tensor) -> Tensor:
+        keys, values = (fewer @ F.linear(x, w) for w in (k, v))
+        return (F.linear(x, q) @ keys.mT).softmax(-1) @ values
+
+    (found,) = found_in(function, x)
+    assert found.candidate is not None
+
+
+def test_a_tensor_that_lends_the_mask_its_shape_is_no_input_of_it() -> None:
+    padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).repeat(1, 2)[:, :S]
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        mask = (padding == 0)[:, None, None].expand_as(scores)
+        return scores.masked_fill(mask, torch.finfo(scores.dtype).min).softmax(-1) @ v
+
+    (site,) = rewritten_alike(function, *qkv())
+    assert site.status == "rewritten"
+    assert "key_padding" in site.mask
