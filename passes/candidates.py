@@ -34,6 +34,15 @@ class Declined(Exception):
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A range of positions: `part` runs over `whole` from `start`."""
+
+    whole: tuple[Axis, ...]
+    part: tuple[Axis, ...]
+    start: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One operator on the way from Q K^T to the softmax, or from the softmax to V.
 
@@ -47,6 +56,7 @@ class Step:
     value: sympy.Expr | None = None
     keep_if: bool = True  # fill/where: the truth value of `term` at which the score is kept
     name: str = ""  # unary: the function
+    cuts: tuple[Cut, ...] = ()  # add: the term covers only this part of the scores
 
 
 @dataclass(frozen=True)

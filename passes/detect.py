@@ -177,7 +177,7 @@ def _without_cancelling(steps: tuple[Step, ...], keys: set[Axis]) -> tuple[Step,
     """Leave out steps that add the same to all keys of a row: softmax takes that away again."""
 
     def cancels(step: Step, later: tuple[Step, ...]) -> bool:
-        if step.kind not in ("add", "sub") or set(axes_of(step.layout)) & keys:
+        if step.kind not in ("add", "sub") or step.cuts or set(axes_of(step.layout)) & keys:
             return False
         return all(
             other.kind in ("cast", "add", "sub")

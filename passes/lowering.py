@@ -14,7 +14,7 @@ from sparse_compile import expressions as ex
 from sparse_compile.evaluation import Source as OperandSource
 from sparse_compile.evaluation import evaluate
 from sparse_compile.expressions import Load
-from sparse_compile.passes.axes import Axis, size_of
+from sparse_compile.passes.axes import Axis, resolve, size_of
 from sparse_compile.passes.lower_flex import emit_flex
 from sparse_compile.passes.programs import Factor, OperandRef, Proven, Source
 
@@ -115,8 +115,19 @@ def operand_node(
     if ref.layout is None:
         return node
     roles = proven.roles
-    order = (roles.batch, roles.query_heads, roles.queries, roles.keys)
-    return emitter.arrange(node, ref.layout, order)
+    order = [roles.batch, roles.query_heads, roles.queries, roles.keys]
+    if not ref.cuts:
+        return emitter.arrange(node, ref.layout, order)
+    whole, padding = [False] * 4, [0] * 8
+    for cut in ref.cuts:
+        position = next((i for i in (2, 3) if order[i] == resolve(cut.whole)), None)
+        if position is None:
+            raise Declined("layout", "a part of the scores is no range of queries or keys")
+        order[position], whole[position] = resolve(cut.part), True
+        rest = size_of(cut.whole) - size_of(cut.part) - cut.start
+        padding[6 - 2 * position : 8 - 2 * position] = (cut.start, emitter.size(rest))
+    node = emitter.arrange(node, ref.layout, order, whole=whole)
+    return emitter.call(torch.nn.functional.pad, node, tuple(padding))
 
 
 def used_operands(proven: Proven) -> tuple[ScoreProgram, tuple[OperandRef, ...]]:

@@ -15,8 +15,8 @@ from sparse_compile import ir
 from sparse_compile.expressions import Load, Where
 from sparse_compile.passes import prove_mask
 from sparse_compile.passes import vocabulary as voc
-from sparse_compile.passes.axes import Layout, axes_of, resolve_layout
-from sparse_compile.passes.candidates import DROPPED, Candidate, Declined, Step
+from sparse_compile.passes.axes import Layout, axes_of, resolve, resolve_layout
+from sparse_compile.passes.candidates import DROPPED, Candidate, Cut, Declined, Step
 from sparse_compile.passes.elements import ElementEvaluator, Unproven
 from sparse_compile.passes.roles import Roles, Source, assign_roles, sources
 
@@ -29,6 +29,7 @@ class OperandRef:
 
     node: fx.Node | sympy.Expr  # an expression: a size, passed as a number of no dimensions
     layout: Layout | None = None
+    cuts: tuple[Cut, ...] = ()  # it covers only these positions; 0 elsewhere
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,21 @@ class _Builder:
     def only_scaled(self) -> bool:
         return not self.items
 
-    def operand(self, node: fx.Node | sympy.Expr, layout: Layout | None = None) -> int:
-        key = (node, layout)
+    def operand(
+        self,
+        node: fx.Node | sympy.Expr,
+        layout: Layout | None = None,
+        cuts: tuple[Cut, ...] = (),
+    ) -> int:
+        key = (node, layout, cuts)
         if key not in self.known:
             self.known[key] = len(self.operands)
-            self.operands.append(OperandRef(node, layout))
+            self.operands.append(OperandRef(node, layout, cuts))
         return self.known[key]
 
-    def dense(self, term: fx.Node, layout: Layout) -> sympy.Expr:
+    def dense(self, term: fx.Node, layout: Layout, cuts: tuple[Cut, ...] = ()) -> sympy.Expr:
         """A load of the tensor itself, brought to [B, H, T, S]."""
-        here = set(axes_of(layout))
+        here = set(axes_of(layout)) | {axis for cut in cuts for axis in resolve(cut.whole)}
         r = self.roles
         index = [
             symbol if here & set(axes) else sympy.Integer(0)
@@ -119,7 +125,7 @@ class _Builder:
                 ex.INDICES, (r.batch, r.query_heads, r.queries, r.keys), strict=True
             )
         ]
-        return Load(self.operand(term, resolve_layout(layout)), *index)
+        return Load(self.operand(term, resolve_layout(layout), cuts), *index)
 
     def element(self, term: fx.Node, layout: Layout) -> sympy.Basic | None:
         """The term's element at (b, h, t, s), or None where it cannot be expressed."""
@@ -139,10 +145,12 @@ class _Builder:
         }
         return _replace_loads(found, loads)
 
-    def add(self, term: fx.Node, layout: Layout, factor: sympy.Expr) -> None:
-        value = self.element(term, layout)
+    def add(
+        self, term: fx.Node, layout: Layout, factor: sympy.Expr, cuts: tuple[Cut, ...] = ()
+    ) -> None:
+        value = None if cuts else self.element(term, layout)
         if value is None:
-            bias = factor * self.dense(term, layout)
+            bias = factor * self.dense(term, layout, cuts)
             self.items.append(("bias", bias))
             self.opaque_mask = self.opaque_mask or _may_mask(term)
             self.transforms.append(ir.Bias(value=bias, text=f"tensor {term.name}"))
@@ -336,7 +344,8 @@ def _apply(builder: _Builder, step: Step) -> None:
         sign = sympy.Integer(1 if step.kind == "add" else -1)
         if step.term is None or not voc.is_tensor(step.term):
             raise Declined("score-op", "a number is added to the scores before another function")
-        builder.add(step.term, step.layout, sign * (step.value if step.value is not None else 1))
+        factor = sign * (step.value if step.value is not None else 1)
+        builder.add(step.term, step.layout, factor, step.cuts)
     elif step.kind == "fill":
         builder.fill(step)
     elif step.kind == "unary":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -21,6 +21,7 @@ from sparse_compile.passes.axes import (
     resolve,
 )
 from sparse_compile.passes.candidates import Step, Tensor
+from sparse_compile.passes.partial_writes import partial_writes
 from sparse_compile.passes.shapes import shape_of
 
 MAX_STEPS = 64
@@ -55,6 +56,7 @@ class _State:
     keys: tuple[Axis, ...]
     steps: tuple[Step, ...]  # latest computed first
     region: tuple[fx.Node, ...]
+    settled: fx.Node | None = None  # the node whose later writes are among the steps already
 
     def to(self, node: fx.Node, layout: Layout, *steps: Step, **changes: Any) -> _State:
         keys = changes.get("keys", self.keys)
@@ -69,6 +71,8 @@ def score_paths(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> list[S
     while pending and seen < MAX_STEPS * 4:
         state = pending.pop()
         seen += 1
+        if state.settled is not state.node:
+            state = _with_later_writes(state)
         product = voc.contraction(state.node)
         if product is not None and (path := _finish(state, product)) is not None:
             found.append(path)
@@ -79,6 +83,21 @@ def score_paths(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> list[S
             except AxisMismatch:
                 continue
     return found
+
+
+def _with_later_writes(state: _State) -> _State:
+    """The state in front of what is added to parts of its node after the node was computed."""
+    reader = state.region[-1] if state.region else None
+    found = partial_writes(state.node, state.layout, reader)
+    if found is None:
+        return state
+    steps, region = found
+    return replace(
+        state,
+        steps=(*state.steps, *reversed(steps)),
+        region=(*state.region, *region),
+        settled=state.node,
+    )
 
 
 def _finish(state: _State, product: voc.Contraction) -> ScorePath | None:
@@ -156,6 +175,9 @@ def _previous(state: _State) -> Iterator[_State]:
         yield from _concatenated_sink(state)
     elif name == "index_put":
         yield from _assigned(state)
+    elif name == "copy" and voc.is_tensor(node.args[1]):  # written over as a whole
+        source = node.args[1]
+        yield state.to(source, _operand_layout(state, source), Step("cast", node))  # type: ignore[arg-type]
 
 
 def _operand_layout(state: _State, operand: fx.Node) -> Layout:

@@ -6,6 +6,7 @@ float64 wherever the operators allow it. A proof that is wrong shows as a differ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from sparse_compile.passes.mutation import mutated_arguments, opaque
+from sparse_compile.passes.mutation import mutated_arguments, opaque, storage_root
 
 if TYPE_CHECKING:
     from sparse_compile.passes.programs import Proven
@@ -43,7 +44,7 @@ def validate(proven: Proven, shadow: Shadow, replacement: Replacement) -> str:
     if proven.candidate.dropout_p:
         return "skipped: dropout is random"
     inputs = _Inputs(shadow)
-    runner = _Runner(inputs.of_shadow(proven))
+    runner = _Runner(inputs.of_shadow(proven), functools.partial(_earlier_writes, proven, shadow))
     try:
         original = runner.value(proven.candidate.out.node)
         inputs.shadow_values.update(
@@ -68,6 +69,17 @@ def _compare(original: torch.Tensor, ours: torch.Tensor) -> str:
     size = max(1.0, original.nan_to_num().abs().max().item() if original.numel() else 0.0)
     verdict = "passed" if difference <= TOLERANCE * size else "failed"
     return f"{verdict}: max error {difference:.1e}"
+
+
+def _earlier_writes(proven: Proven, shadow: Shadow, node: fx.Node) -> list[fx.Node]:
+    """The attention's own writes into what a node reads, before it does."""
+    found = []
+    for source in node.all_input_nodes:
+        for write in shadow.writes.get(storage_root(source), ()):
+            is_own = write in proven.candidate.region
+            if is_own and shadow.positions[write] < shadow.positions[node]:
+                found.append(write)
+    return found
 
 
 class _Inputs:
@@ -134,8 +146,13 @@ class _Inputs:
 class _Runner:
     """Computes a node's value by running what it depends on."""
 
-    def __init__(self, given: Callable[[fx.Node], Any]) -> None:
+    def __init__(
+        self,
+        given: Callable[[fx.Node], Any],
+        earlier: Callable[[fx.Node], list[fx.Node]] = lambda node: [],
+    ) -> None:
         self.given = given
+        self.earlier = earlier  # what else has to run before a node
         self.values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -149,7 +166,8 @@ class _Runner:
             if found is not None:
                 self.values[top] = found.clone() if isinstance(found, torch.Tensor) else found
                 continue
-            missing = [source for source in top.all_input_nodes if source not in self.values]
+            needed = [*self.earlier(top), *top.all_input_nodes]
+            missing = [source for source in needed if source not in self.values]
             if missing:
                 pending.extend(missing)
                 continue

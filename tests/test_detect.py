@@ -304,6 +304,42 @@ def test_attention_pooling_with_a_learned_query_is_a_site() -> None:
     assert site.status == "rewritten"
 
 
+ROWS, COLUMNS = torch.randn(2, B, H, 2, 2, 2, dtype=torch.float64)
+
+
+def assigned_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """MViT: a bias for all but the class token."""
+    scores = q @ k.mT
+    grid = scores[:, :, 1:, 1:].view(B, H, 2, 2, 2, 2)
+    both = grid + ROWS.unsqueeze(-1) + COLUMNS.unsqueeze(-2)
+    scores[:, :, 1:, 1:] = both.view(B, H, 4, 4)
+    return scores.softmax(-1) @ v
+
+
+def added_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, :, 1:] += ROWS.flatten(2)[..., None, :5]
+    scores[..., 2:].add_(COLUMNS.flatten(2)[:, :, None, :3])
+    return scores.softmax(-1) @ v
+
+
+def multiplied_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, :, 1:] *= 2.0
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [assigned_part, added_parts])
+def test_additions_to_a_part_of_the_scores_in_place(function: Attend) -> None:
+    (site,) = rewritten_alike(function, *qkv(5))
+    assert site.status == "rewritten", site.reason
+
+
+def test_other_writes_into_a_part_of_the_scores_decline() -> None:
+    (site,) = rewritten_alike(multiplied_part, *qkv(5))
+    assert site.reason_code == "overwritten"
+
+
 def test_a_layer_over_tokens_leaves_an_attention_a_site() -> None:
     """Linformer: K and V are projected to fewer tokens."""
     fewer = nn.Parameter(torch.randn(3, S))
