@@ -15,6 +15,7 @@ from sparse_compile.evaluation import Source as OperandSource
 from sparse_compile.evaluation import evaluate
 from sparse_compile.expressions import Load
 from sparse_compile.passes.axes import Axis, resolve, size_of
+from sparse_compile.passes.candidates import Declined
 from sparse_compile.passes.lower_flex import emit_flex
 from sparse_compile.passes.programs import Factor, OperandRef, Proven, Source
 

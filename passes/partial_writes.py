@@ -7,8 +7,8 @@ it. Only additions are read; any other write leaves the scores to be declined as
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import sympy
 from torch import fx
 
 from sparse_compile.passes import vocabulary as voc
@@ -22,6 +22,9 @@ from sparse_compile.passes.axes import (
 from sparse_compile.passes.candidates import Cut, Step
 from sparse_compile.passes.mutation import mutated_arguments, storage_root
 from sparse_compile.passes.shapes import shape_of
+
+if TYPE_CHECKING:
+    import sympy
 
 Read = tuple[
     list[Step], list[fx.Node]

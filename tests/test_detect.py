@@ -335,9 +335,18 @@ def test_additions_to_a_part_of_the_scores_in_place(function: Attend) -> None:
     assert site.status == "rewritten", site.reason
 
 
-def test_other_writes_into_a_part_of_the_scores_decline() -> None:
-    (site,) = rewritten_alike(multiplied_part, *qkv(5))
-    assert site.reason_code == "overwritten"
+def some_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores[:, 1:] += ROWS[:, 1:].flatten(2)[..., None, :5]
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "code"), [(multiplied_part, "overwritten"), (some_heads, "layout")]
+)
+def test_other_writes_into_a_part_of_the_scores_decline(function: Attend, code: str) -> None:
+    (site,) = rewritten_alike(function, *qkv(5))
+    assert site.reason_code == code
 
 
 def test_a_layer_over_tokens_leaves_an_attention_a_site() -> None:
