@@ -55,6 +55,7 @@ class ElementEvaluator:
         frozen: Nodes whose storage a view changes later: always loaded, never seen through.
         ranges: Sizes of index symbols, where the caller's indices are compound expressions;
             plain symbols are bounded by the shape of the node that they index.
+        same: For nodes whose value another one has too, that one: it is looked at instead.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ElementEvaluator:
         constants: Mapping[fx.Node, torch.Tensor] | None = None,
         frozen: Collection[fx.Node] = (),
         ranges: bounds.Ranges | None = None,
+        same: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         """An evaluator that has seen nothing yet."""
         self.operands: list[fx.Node] = []
@@ -70,6 +72,7 @@ class ElementEvaluator:
         self.exactness = ExactnessOf(self.is_leaf)
         self._constants = dict(constants or {})
         self._frozen = frozenset(frozen)
+        self._same = same or {}
         self._given_ranges = dict(ranges or {})
         self._dummy_ranges: dict[sympy.Symbol, sympy.Expr] = {}
         # what was concluded for some ranges need not hold for others
@@ -111,6 +114,7 @@ class ElementEvaluator:
 
     def at(self, node: fx.Node, index: Index) -> sympy.Basic:
         """`node[index]` for rules; an index along a dimension of size 1 is taken as 0."""
+        node = self._same.get(node, node)
         index = self._clipped(node, index)
         key = (node, index)
         if key not in self._memo:

@@ -16,6 +16,7 @@ from sparse_compile.evaluation import evaluate
 from sparse_compile.expressions import Load
 from sparse_compile.passes.axes import Axis, resolve, size_of
 from sparse_compile.passes.candidates import Declined
+from sparse_compile.passes.distance_tables import Table, emit_table
 from sparse_compile.passes.lower_flex import emit_flex
 from sparse_compile.passes.programs import Factor, OperandRef, Proven, Source
 
@@ -107,6 +108,8 @@ def operand_node(
     emitter: Emitter, proven: Proven, ref: OperandRef, device: torch.device
 ) -> fx.Node:
     """The Dynamo node of an operand; sizes become numbers of no dimensions on `device`."""
+    if isinstance(ref.node, Table):
+        return emit_table(emitter, ref.node, proven.roles.sizes(), device)
     if not isinstance(ref.node, fx.Node):
         size = emitter.size(ref.node)
         return emitter.call(torch.full, (), size, dtype=torch.int64, device=device)

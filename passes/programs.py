@@ -17,6 +17,7 @@ from sparse_compile.passes import prove_mask
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import Layout, axes_of, resolve, resolve_layout
 from sparse_compile.passes.candidates import DROPPED, Candidate, Cut, Declined, Step
+from sparse_compile.passes.distance_tables import Table, find_table
 from sparse_compile.passes.elements import ElementEvaluator, Unproven
 from sparse_compile.passes.roles import Roles, Source, assign_roles, sources
 
@@ -27,9 +28,16 @@ ABSORBED = -1e8  # a finite fill below this swallows any float32 score it is add
 class OperandRef:
     """A tensor that a program loads: as it is, or brought to [B, H, T, S] when `layout` is given."""
 
-    node: fx.Node | sympy.Expr  # an expression: a size, passed as a number of no dimensions
+    node: fx.Node | sympy.Expr | Table  # an expression: a size, as a number of no dimensions
     layout: Layout | None = None
     cuts: tuple[Cut, ...] = ()  # it covers only these positions; 0 elsewhere
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The shadow nodes that it is read from."""
+        if isinstance(self.node, Table):
+            return self.node.nodes
+        return (self.node,) if isinstance(self.node, fx.Node) else ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class _Builder:
     candidate: Candidate
     roles: Roles
     evaluator: ElementEvaluator
+    differentiable: Collection[fx.Node] = frozenset()
     operands: list[OperandRef] = field(default_factory=list)
     known: dict[Any, int] = field(default_factory=dict)
     items: list[tuple[str, Any]] = field(default_factory=list)
@@ -105,7 +114,7 @@ class _Builder:
 
     def operand(
         self,
-        node: fx.Node | sympy.Expr,
+        node: fx.Node | sympy.Expr | Table,
         layout: Layout | None = None,
         cuts: tuple[Cut, ...] = (),
     ) -> int:
@@ -135,7 +144,19 @@ class _Builder:
             found = self.evaluator.element(term, dims, self.ranges)
         except (Unproven, KeyError):
             return None
-        return None if prove_mask.is_dense_load(found) else self._own(found)
+        if not prove_mask.is_dense_load(found):
+            return self._own(found)
+        return None if term in self.differentiable else self._by_distance(found)
+
+    def _by_distance(self, value: sympy.Basic) -> sympy.Basic | None:
+        """A bias whose dense part depends on the distance alone reads it from a table."""
+        parts = sympy.Add.make_args(value)
+        dense = [part for part in parts if prove_mask.is_dense_load(part)]
+        table = find_table(sympy.Add(*dense), self.evaluator, self.ranges)
+        if table is None:
+            return None
+        rest = self._own(sympy.Add(*(part for part in parts if part not in dense)))
+        return Load(self.operand(table), *table.index) + rest
 
     def _own(self, found: sympy.Basic) -> sympy.Basic:
         """Renumber the evaluator's operands to this site's."""
@@ -291,7 +312,7 @@ def prove(
     found.append(sources(candidate.v, fold_factors=False))
     roles = assign_roles(candidate, *found)
     q, k, v = choose(found, roles)
-    builder = _Builder(candidate, roles, evaluator)
+    builder = _Builder(candidate, roles, evaluator, differentiable)
     builder.scale = candidate.factor * q.factor * k.factor
     if builder.scale != 1:
         builder.transforms.append(ir.Scale(factor=sympy.Float(float(builder.scale))))
@@ -510,6 +531,8 @@ def _may_mask(term: fx.Node) -> bool:
 
 
 def _bias_text(bias: sympy.Expr) -> str:
+    if any({ex.s, ex.t} <= load.free_symbols for load in bias.atoms(Load)):
+        return "by distance"
     if bias.has(ex.s) and bias.has(Load) and not bias.has(Where):
         distance = sympy.diff(bias, ex.s)
         if not distance.has(ex.s) and not distance.has(ex.t):

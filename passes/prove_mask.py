@@ -158,8 +158,15 @@ def _without_dense(keep: sympy.Basic) -> tuple[sympy.Basic, bool]:
 
 
 def is_dense_load(expr: sympy.Basic) -> bool:
-    """True if a load's indices depend on the query and on the key."""
-    return any({s, t} <= load.free_symbols for load in expr.atoms(Load))
+    """True if a load's indices depend on the query and on the key, and not on `s - t` alone."""
+    return any(_reads_pairs(load) for load in expr.atoms(Load))
+
+
+def _reads_pairs(load: Load) -> bool:
+    here = [part for part in load.args[1:] if part.free_symbols & {s, t}]
+    if not {s, t} <= load.free_symbols or len(here) != 1:
+        return {s, t} <= load.free_symbols
+    return bool((here[0] - (s - t)).free_symbols & {s, t})
 
 
 def row_may_be_empty(predicate: sympy.Basic, ranges: bounds.Ranges) -> bool:

@@ -81,7 +81,7 @@ def _write(emitter: Emitter, proven: Proven, plan: KernelPlan) -> Replacement:
         return Replacement(value=emitter.shadow.origins.get(out))
     try:
         reads = [proven.q.tensor.node, proven.k.tensor.node, proven.v.tensor.node]
-        reads += [ref.node for ref in proven.operands if isinstance(ref.node, fx.Node)]
+        reads += [node for ref in proven.operands for node in ref.nodes]
         factors = (*proven.q_factors, *proven.v_factors, *proven.out_factors)
         reads += [factor.term for factor in factors if factor.term is not None]
         while (lost := overwritten(emitter.shadow, reads, out)) is not None:

@@ -11,6 +11,7 @@ from torch import fx
 from sparse_compile import ir
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import size_of
+from sparse_compile.passes.distance_tables import Table
 from sparse_compile.passes.mutation import mutated_arguments, storage_root
 from sparse_compile.passes.roles import index_map
 
@@ -85,6 +86,10 @@ def _name(node: fx.Node, shadow: Shadow) -> str:
 
 
 def _operand(ref: OperandRef, shadow: Shadow) -> ir.Operand:
+    if isinstance(ref.node, Table):
+        shape = (*map(str, ref.node.symbols), str(ref.node.queries + ref.node.keys - 1))
+        dtype = str(ref.node.dtype).removeprefix("torch.")
+        return ir.Operand(name="by_distance", shape=shape, dtype=dtype)
     if not isinstance(ref.node, fx.Node):
         return ir.Operand(name=str(ref.node), shape=(), dtype="int64")
     value = ref.node.meta["val"]

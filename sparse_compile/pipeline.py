@@ -24,6 +24,7 @@ from sparse_compile.inspect.report import (
 from sparse_compile.passes.candidates import Candidate, Declined
 from sparse_compile.passes.detect import Found, find_candidates
 from sparse_compile.passes.elements import ElementEvaluator
+from sparse_compile.passes.equal_nodes import representatives
 from sparse_compile.passes.mutation import frozen_nodes
 from sparse_compile.passes.programs import Proven, prove
 from sparse_compile.passes.provenance import UniqueNames, source_line
@@ -189,7 +190,11 @@ def _run_one(
     with clock.stage("detect"):
         found = find_candidates(shadow)
     work = [_Work(f, _declined_site(f, shadow, names)) for f in found]
-    evaluator = ElementEvaluator(shadow.constants, frozen_nodes(shadow.graph))
+    evaluator = ElementEvaluator(
+        shadow.constants,
+        frozen_nodes(shadow.graph),
+        same=representatives(shadow.graph, shadow.writes),
+    )
     with clock.stage("prove"):
         for item in work:
             _prove(item, evaluator, shadow)

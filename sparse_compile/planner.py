@@ -96,7 +96,7 @@ def _kept(proven: Proven, found: KernelPlan) -> KernelPlan:
 def _what(proven: Proven) -> str:
     parts = []
     if proven.program.keep is not sympy.true:
-        parts.append(f"proven mask {proven.mask}")
+        parts.append(f"proven mask {' & '.join(atom.kind for atom in proven.mask.atoms)}")
     if (proven.program.score - ex.x).has(ex.x) or (proven.program.score - ex.x).has(Load, ex.s):
         parts.append("score formula")
     if proven.program.sink is not None:
