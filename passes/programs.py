@@ -146,7 +146,8 @@ class _Builder:
             return None
         if not prove_mask.is_dense_load(found):
             return self._own(found)
-        return None if term in self.differentiable else self._by_distance(found)
+        is_mask = isinstance(found, sympy.logic.boolalg.Boolean)
+        return None if is_mask or term in self.differentiable else self._by_distance(found)
 
     def _by_distance(self, value: sympy.Basic) -> sympy.Basic | None:
         """A bias whose dense part depends on the distance alone reads it from a table."""
@@ -242,8 +243,10 @@ class _Builder:
         if not voc.is_tensor(term):
             raise Declined("symbolic-scale", f"a symbolic number {term.name} scales biased scores")
         value = self.element(term, step.layout)
-        if value is None or value.is_Boolean:
+        if value is None:
             value = self.dense(term, step.layout)
+        elif isinstance(value, sympy.logic.boolalg.Boolean):
+            value = ex.Truth(value)
         value = 1 / value if inverse else value
         self.items.append(("map", ex.x * value))
         self.transforms.append(ir.Elementwise(value=ex.x * value))
@@ -455,7 +458,7 @@ def _weight(builder: _Builder, step: Step) -> sympy.Expr:
     if step.kind == "fill":
         keep = _boolean(value)
         return ex.Truth(keep if step.keep_if else sympy.Not(keep))
-    if value.is_Boolean or (isinstance(value, sympy.logic.boolalg.Boolean) and not value.is_Symbol):
+    if isinstance(value, sympy.logic.boolalg.Boolean) and not value.is_Symbol:
         value = ex.Truth(value)
     return 1 / value if step.kind == "div" else value
 

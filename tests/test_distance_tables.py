@@ -127,3 +127,14 @@ def test_a_bias_by_more_than_the_distance_stays_a_tensor(function: Callable[...,
     (site,) = rewritten_alike(function, *qkv(6, 6))
     assert site.status == "rewritten"
     assert "by distance" not in str(site.score_transforms)
+
+
+def test_factors_that_are_masks() -> None:
+    keep = torch.randn(6, 6) > 0
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        future = torch.arange(6)[:, None] < torch.arange(6)
+        return ((q @ k.mT) * keep * ~future).softmax(-1) @ v
+
+    (site,) = rewritten_alike(function, *qkv(6, 6))
+    assert site.status == "rewritten", site.reason
