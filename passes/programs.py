@@ -149,6 +149,12 @@ class _Builder:
         is_mask = isinstance(found, sympy.logic.boolalg.Boolean)
         return None if is_mask or term in self.differentiable else self._by_distance(found)
 
+    def number(self, term: fx.Node, layout: Layout) -> sympy.Expr | None:
+        """The same as a number: 0 or 1 for a Boolean."""
+        found = self.element(term, layout)
+        is_mask = isinstance(found, sympy.logic.boolalg.Boolean)
+        return ex.Truth(found) if is_mask else found
+
     def _by_distance(self, value: sympy.Basic) -> sympy.Basic | None:
         """A bias whose dense part depends on the distance alone reads it from a table."""
         parts = sympy.Add.make_args(value)
@@ -170,7 +176,7 @@ class _Builder:
     def add(
         self, term: fx.Node, layout: Layout, factor: sympy.Expr, cuts: tuple[Cut, ...] = ()
     ) -> None:
-        value = None if cuts else self.element(term, layout)
+        value = None if cuts else self.number(term, layout)
         if value is None:
             bias = factor * self.dense(term, layout, cuts)
             self.items.append(("bias", bias))
@@ -242,11 +248,9 @@ class _Builder:
             return
         if not voc.is_tensor(term):
             raise Declined("symbolic-scale", f"a symbolic number {term.name} scales biased scores")
-        value = self.element(term, step.layout)
+        value = self.number(term, step.layout)
         if value is None:
             value = self.dense(term, step.layout)
-        elif isinstance(value, sympy.logic.boolalg.Boolean):
-            value = ex.Truth(value)
         value = 1 / value if inverse else value
         self.items.append(("map", ex.x * value))
         self.transforms.append(ir.Elementwise(value=ex.x * value))
@@ -452,14 +456,13 @@ def _after_softmax(
 
 def _weight(builder: _Builder, step: Step) -> sympy.Expr:
     assert step.term is not None
-    value = builder.element(step.term, step.layout)
+    if step.kind == "fill":
+        found = builder.element(step.term, step.layout)
+        keep = _boolean(builder.dense(step.term, step.layout) if found is None else found)
+        return ex.Truth(keep if step.keep_if else sympy.Not(keep))
+    value = builder.number(step.term, step.layout)
     if value is None:
         value = builder.dense(step.term, step.layout)
-    if step.kind == "fill":
-        keep = _boolean(value)
-        return ex.Truth(keep if step.keep_if else sympy.Not(keep))
-    if isinstance(value, sympy.logic.boolalg.Boolean) and not value.is_Symbol:
-        value = ex.Truth(value)
     return 1 / value if step.kind == "div" else value
 
 
