@@ -3,7 +3,7 @@
 Before:  a bias of [H, T, S] elements, looked up by a bucket that the model computes for every pair.
 After:   a table of [H, T + S - 1] elements, looked up by `s - t`; the bucket is computed once for
          every distance, by the model's own operators.
-Skips:   biases that may need a gradient: its sum over a diagonal is no lookup.
+Skips:   biases that may need a gradient (its sum over a diagonal is no lookup), other devices.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparse_compile.passes.elements import ElementEvaluator
     from sparse_compile.passes.emit import Emitter
 
+DEVICES = frozenset(["cuda"])  # on the CPU, fused attention with a bias tensor is twice as fast
 distance = sympy.Symbol("u", integer=True)  # s - t
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from sparse_compile import expressions as ex
 from sparse_compile import ir
 from sparse_compile.expressions import Load, Where
-from sparse_compile.passes import prove_mask
+from sparse_compile.passes import distance_tables, prove_mask
 from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import Layout, axes_of, resolve, resolve_layout
 from sparse_compile.passes.candidates import DROPPED, Candidate, Cut, Declined, Step
@@ -147,7 +147,10 @@ class _Builder:
         if not prove_mask.is_dense_load(found):
             return self._own(found)
         is_mask = isinstance(found, sympy.logic.boolalg.Boolean)
-        return None if is_mask or term in self.differentiable else self._by_distance(found)
+        if is_mask or term in self.differentiable:
+            return None
+        device = term.meta["val"].device.type
+        return self._by_distance(found) if device in distance_tables.DEVICES else None
 
     def number(self, term: fx.Node, layout: Layout) -> sympy.Expr | None:
         """The same as a number: 0 or 1 for a Boolean."""

@@ -12,10 +12,16 @@ from torch import Tensor
 
 import sparse_compile
 from sparse_compile import backend
+from sparse_compile.passes import distance_tables
 from sparse_compile.testing import rewritten_alike
 
 B, H, D, BUCKETS = 2, 3, 8, 8
 WEIGHT = torch.randn(BUCKETS, H, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _tables_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distance_tables, "DEVICES", frozenset(["cpu"]))
 
 
 def bucket(offset: Tensor) -> Tensor:

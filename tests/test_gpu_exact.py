@@ -268,6 +268,32 @@ def test_memory_does_not_grow_with_the_square(family):
     assert_all_rewritten(2)
 
 
+def test_a_bias_by_distance_is_no_matrix():
+    """T5 looks a bias up for every pair of tokens; a table of distances replaces it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=512, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    model = transformers.T5EncoderModel._from_config(config, attn_implementation="eager")
+    model = model.to("cuda").eval()
+    exact = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend="sparse_compile", dynamic=False)
+    ids = torch.randint(1, 512, (2, 300), device="cuda")
+    with torch.no_grad():
+        ours, eager, truth = (f(ids).last_hidden_state for f in (compiled, model, exact))
+    assert rms(ours - truth) <= 2 * rms(eager - truth) + 1e-7
+    assert_all_rewritten(2)
+    assert {site.kernel for site in last_report().sites} == {"flex_attention"}
+    ids, n_tokens = torch.randint(1, 512, (1, 8192), device="cuda"), 8192
+    with torch.no_grad():
+        compiled(ids)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        compiled(ids)
+    assert torch.cuda.max_memory_allocated() - before < n_tokens * n_tokens
+
+
 def test_reduce_overhead_replays_a_cuda_graph():
     from torch._dynamo.utils import counters
 
