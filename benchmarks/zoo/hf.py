@@ -101,7 +101,7 @@ def build(
         config_class = transformers.CONFIG_MAPPING[kind]
         config = shrink(config_class, layers=layers, **OVERRIDES.get(kind, {}))
         model_class = getattr(transformers, head) if head else _base_class(config_class)
-        make = partial(_make, model_class, config, attention)
+        make = partial(_make, model_class, _fitting(config, model_class), attention)
         inputs = first_that_runs(make(), padded)
         model = stirred(make, (), inputs)
     except Exception as error:  # hundreds of architectures refuse in as many ways
@@ -113,6 +113,13 @@ def _make(model_class: Any, config: Any, attention: str) -> nn.Module:
     return model_class._from_config(
         config, attn_implementation=attention, dtype=torch.float32
     ).eval()
+
+
+def _fitting(config: Any, model_class: Any) -> Any:
+    """The configuration itself, or the part of it that a class for one modality wants."""
+    wanted = model_class.config_class or object
+    parts = [part for part in vars(config).values() if isinstance(part, wanted)]
+    return config if isinstance(config, wanted) or not parts else parts[0]
 
 
 def _base_class(config_class: type) -> type:

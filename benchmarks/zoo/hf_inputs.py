@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.zoo.hf_overrides import INPUTS
+
 TOKENS = 10
 TARGET_TOKENS = 7
 BATCH = 2
@@ -70,6 +72,11 @@ def candidates(model: nn.Module, padded: bool, seed: int) -> Iterator[Inputs]:
     config = model.config
     make = torch.Generator().manual_seed(seed)
     text = _text(config, names, padded, make)
+    given = INPUTS.get(config.model_type, {})
+    drawn = {name: _drawn(how, make) for name, how in given.items() if name in names}
+    if drawn:
+        yield {**text, **drawn}
+        yield drawn
     if "pixel_values" in names and "input_ids" in names:
         yield from _with_images(model, config, names, text, make)
     if "input_features" in names and "input_ids" in names:
@@ -105,6 +112,21 @@ def candidates(model: nn.Module, padded: bool, seed: int) -> Iterator[Inputs]:
             embedded = torch.randn(BATCH, TOKENS, width, generator=make)
             yield {**text, key: embedded}
             yield {key: embedded}
+
+
+def _drawn(how: Any, make: torch.Generator) -> Any:
+    """A tensor told as "normal 2 10 32" (or ids, ones, zeros); lists are literal tensors."""
+    if isinstance(how, list):
+        return torch.tensor(how)
+    if not isinstance(how, str):
+        return how
+    kind, *sizes = how.split()
+    shape = [int(size) for size in sizes]
+    if kind == "ids":
+        return torch.randint(9, 90, shape, generator=make)
+    if kind == "normal":
+        return torch.randn(shape, generator=make)
+    return {"ones": torch.ones, "zeros": torch.zeros}[kind](shape, dtype=torch.long)
 
 
 def _text(config: Any, names: set[str], padded: bool, make: torch.Generator) -> Inputs:

@@ -8,8 +8,23 @@ _THREE_ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2,
 _HALF_ROTARY = {
     "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
 }  # fmt: skip
-_SERIES = {"prediction_length": 4, "context_length": 8}
+_SERIES = {"prediction_length": 4, "context_length": 8, "label_length": 4, "moving_average": 3}
 _ATTENTION_SECOND = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+
+_GEMMA3N = {
+    "intermediate_size": 64, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+_SAM2_BACKBONE = {
+    "hidden_size": 16, "image_size": [64, 64], "window_size_per_stage": [4, 2, 2, 2],
+    "num_attention_heads_per_stage": [1, 2, 2, 2],
+}  # fmt: skip
+_SAM2_VISION = {
+    "backbone_config": _SAM2_BACKBONE, "backbone_channel_list": [128, 64, 32, 16],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}  # fmt: skip
+_FOUR_STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
@@ -18,7 +33,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": _ATTENTION_SECOND,
-    "nemotron_h": {"hybrid_override_pattern": "M*"},
     "glm4v": {"text_config": {"rope_parameters": _THREE_ROTARY}},
     "glm46v": {"text_config": {"rope_parameters": _THREE_ROTARY}},
     "glmga": {"text_config": {"rope_parameters": _THREE_ROTARY}},
@@ -54,14 +68,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                 "num_heads": [2, 2]},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 2},
     "esmc": {"num_key_value_heads": 4},
-    "cvt": {"embed_dim": [16, 32, 64], "depth": [1, 1, 2], "num_heads": [1, 2, 4]},
     "lilt": {"channel_shrink_ratio": 4, "max_2d_position_embeddings": 64, "hidden_size": 48},
     "data2vec-vision": {"out_indices": [0, 1, 1, 1], "use_relative_position_bias": True},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 16, "num_layers": 1, "zero_expert_num": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "gemma3n_text": {"intermediate_size": 64, "num_kv_shared_layers": 0},
-    "gemma3n": {"text_config": {"intermediate_size": 64, "num_kv_shared_layers": 0}},
+    "gemma3n_text": _GEMMA3N,
     "perceiver": {"d_model": 16, "num_self_attends_per_block": 1, "num_blocks": 1,
                   "num_cross_attention_heads": 1, "qk_channels": None, "v_channels": None},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
@@ -74,12 +85,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "granite_speech5_ctc": {"encoder_config": {"context_size": 16}},
     "granite_speech5_encoder": {"context_size": 16},
-    "mask2former": {"feature_size": 32, "mask_feature_size": 32, "num_attention_heads": 4},
     "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
     "csm": {"codec_config": {"hidden_size": 32, "upsample_groups": 32}},
     "mimi": {"hidden_size": 32, "upsample_groups": 32, "num_filters": 8},
     "musicgen": {"decoder": {"dropout": 0.0}},
-    "zamba2": {"num_mem_blocks": 1, "hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid"]},
     "seggpt": {"merge_index": 0, "intermediate_hidden_state_indices": [1, 1, 1, 1]},
     "lw_detr": {"backbone_config": {"image_size": 64, "num_windows": 4}},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
@@ -97,6 +106,42 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "tvp": {"max_img_size": 64, "visual_prompter_apply": "replace", "visual_prompt_size": 8},
     "xlstm": {"num_heads": 2, "head_dim": 16},
     "decision_transformer": {"n_positions": 64, "state_dim": 5, "act_dim": 3, "max_ep_len": 32},
+    "cvt": {"embed_dim": [16, 32, 64], "depth": [1, 2, 3], "num_heads": [1, 2, 4]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention"], "n_groups": 2},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"num_mem_blocks": 1, "hybrid_layer_ids": [1], "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "blip-2": {"image_token_index": 120},
+    "instructblip": {"image_token_index": 120},
+    "instructblipvideo": {"video_token_index": 120, "image_token_index": 120},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "sam2": {"vision_config": _SAM2_VISION, "prompt_encoder_config": {"image_size": 64, "patch_size": 16}},
+    "sam2_vision_model": _SAM2_VISION,
+    "sam2_hiera_det_model": _SAM2_BACKBONE,
+    "mask2former": {"feature_size": 32, "mask_feature_size": 32, "num_attention_heads": 4, "backbone_config": _FOUR_STAGES},
+    "oneformer": {"backbone_config": _FOUR_STAGES},
+    "gemma3n": {"text_config": _GEMMA3N, "vision_config": {"architecture": "mobilenetv4_conv_small"}},
+}  # fmt: skip
+
+# Inputs that no rule guesses, as `hf_inputs` draws them; those that a forward lacks are left out.
+INPUTS: dict[str, dict[str, Any]] = {
+    "blip_2_qformer": {"query_embeds": "normal 2 6 32", "encoder_hidden_states": "normal 2 10 32"},
+    "kosmos-2": {
+        "pixel_values": "normal 2 3 32 32",
+        "image_embeds_position_mask": [[False, *[True] * 4, *[False] * 5]] * 2,
+    },
+    "timesfm": {
+        "past_values": "normal 2 64",
+        "past_values_padding": "zeros 2 64",
+        "freq": "zeros 2 1",
+    },
+    "idefics": {"pixel_values": "normal 2 1 3 32 32", "image_attention_mask": [[[1]] * 10] * 2},
+    "speecht5": {"input_values": "normal 2 10 32", "decoder_input_values": "normal 2 6 32"},
+    "gemma3n_audio": {"audio_mel": "normal 2 48 128", "audio_mel_mask": [[False] * 48] * 2},
+    "musicgen": {"input_ids": "ids 8 10"},
+    "musicgen_melody": {"input_ids": "ids 8 10", "encoder_hidden_states": "normal 2 5 32"},
+    "instructblipvideo": {"pixel_values": "normal 2 4 3 32 32"},
 }  # fmt: skip
 
 SKIPPED: frozenset[str] = frozenset({"dinat", "layoutlmv2", "nat", "timm_backbone", "pe_video"})

@@ -152,7 +152,7 @@ def _agree(values: dict[str, Any], small: dict[str, Any]) -> None:
 def _value(key: str, value: Any, layers: int) -> Any:
     if key == "per_layer_config":
         return {}
-    if isinstance(value, dict) and key.endswith("config"):
+    if isinstance(value, dict) and (key.endswith("config") or "model_type" in value):
         return _shrunk(value, layers)
     if isinstance(value, dict) and key.startswith("rope_"):
         return {inner: _rope(inner, setting) for inner, setting in value.items()}
