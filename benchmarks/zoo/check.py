@@ -102,7 +102,7 @@ def check(entry: Entry, *, train: bool = False, options: dict[str, Any] | None =
 
     Args:
         entry: The model.
-        train: Compare gradients too, with the model still in eval mode (dropout draws differ).
+        train: Compare gradients too, in training mode with dropout at 0.
         options: Fields of `sparse_compile.Config`.
     """
     outcome = Outcome(entry.name, entry.package, sorted(entry.tags))
@@ -251,11 +251,12 @@ def gradient_error(entry: Entry, options: dict[str, Any] | None = None) -> float
 
 def _gradients(entry: Entry, wrap: Callable[[nn.Module], Callable]) -> list[Tensor | None]:
     model, args, kwargs = entry.build()
-    inputs = [
-        a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()
-    ]
+    given = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    has_weights = any(True for _ in model.parameters())
+    inputs = [a for a in given if a.is_floating_point() and not has_weights]
     for tensor in inputs:
         tensor.requires_grad_(True)
+    _train_without_dropout(model)
     torch.manual_seed(SEED)
     out = wrap(model)(*args, **kwargs)
     # A fixed random projection: a plain sum has no gradient through a last layer norm.
@@ -266,6 +267,18 @@ def _gradients(entry: Entry, wrap: Callable[[nn.Module], Callable]) -> list[Tens
             loss = loss + (leaf * torch.randn(leaf.shape, generator=make)).sum()
     loss.backward()
     return [t.grad for t in (*model.parameters(), *inputs)]
+
+
+def _train_without_dropout(model: nn.Module) -> None:
+    """Training mode; dropped elements would differ between a fused kernel and the model's code."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in vars(holder).items() if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+    model.train()
 
 
 def worst_difference(got: Any, expected: Any) -> float:
