@@ -278,6 +278,8 @@ def _train_without_dropout(model: nn.Module) -> None:
             for name, value in vars(holder).items() if holder is not None else ():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
+                elif name == "apply_spec_augment":  # drops stretches of audio, longer than ours
+                    setattr(holder, name, False)
     model.train()
 
 

@@ -20,6 +20,7 @@ from benchmarks.zoo.hf_overrides import (
     CI_SDPA,
     CI_TRAIN,
     CI_TWO_LAYERS,
+    NO_SDPA,
     OVERRIDES,
     SKIPPED,
 )
@@ -61,6 +62,8 @@ def entries() -> Iterator[Entry]:
     """All entries; nothing is imported or built until one of them is."""
     for kind in model_types():
         for attention in ("eager", "sdpa"):
+            if attention == "sdpa" and kind in NO_SDPA:
+                continue
             tags = {"train"} if attention == "eager" else set()
             make = partial(build, kind, attention, padded=True)
             yield Entry(f"{kind}-{attention}", PACKAGE, make, frozenset(tags))

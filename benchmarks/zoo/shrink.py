@@ -86,7 +86,7 @@ LISTS: tuple[Rule, ...] = (
     (r"num_attention_heads|num_heads|(\w+_)?num_heads|num_attention_heads_per_stage", "heads"),
     (r"depths?|num_blocks|blocks_per_stage|layers|num_layers|depth_per_stage", "ones"),
     (r"conv_dim|tdnn_dim|stage_out_channels|stage_mid_channels|stage_in_channels|embedding_dims"
-     r"|out_channels|decoder_in_channels|encoder_in_channels|channels|num_channels_list", "divide"),
+     r"|in_channels|out_channels|decoder_in_channels|encoder_in_channels|channels|num_channels_list", "divide"),
 )  # fmt: skip
 PER_LAYER = (
     "layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "attention_layers",
