@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,12 +169,22 @@ class _Builder:
         return Load(self.operand(table), *table.index) + rest
 
     def _own(self, found: sympy.Basic) -> sympy.Basic:
-        """Renumber the evaluator's operands to this site's."""
-        loads = {
-            load: Load(self.operand(self.evaluator.operands[int(load.args[0])]), *load.args[1:])
-            for load in found.atoms(Load)
-        }
-        return _replace_loads(found, loads)
+        """Renumber the evaluator's operands to this site's; a load's index may hold loads."""
+        known: dict[sympy.Basic, sympy.Basic] = {}
+
+        def renumbered(part: sympy.Basic) -> sympy.Basic:
+            if not part.has(Load):
+                return part
+            if part not in known:
+                inner = part.args
+                if isinstance(part, Load):
+                    node = self.evaluator.operands[int(inner[0])]
+                    known[part] = Load(self.operand(node), *map(renumbered, inner[1:]))
+                else:
+                    known[part] = part.func(*map(renumbered, inner))
+            return known[part]
+
+        return renumbered(found)
 
     def add(
         self, term: fx.Node, layout: Layout, factor: sympy.Expr, cuts: tuple[Cut, ...] = ()
@@ -490,10 +500,6 @@ def _least_moved(options: Sequence[Source], order: Sequence[tuple[Any, ...]]) ->
         if resolve_layout(option.tensor.layout) == tuple(order):
             return option
     return last
-
-
-def _replace_loads(value: sympy.Basic, loads: Mapping[sympy.Basic, sympy.Basic]) -> sympy.Basic:
-    return value.xreplace(loads) if loads else value
 
 
 def _boolean(value: sympy.Basic) -> sympy.Basic:

@@ -7,7 +7,7 @@ import re
 from sparse_compile.errors import UnsupportedEnvironmentError
 
 MINIMUM_TORCH = (2, 11)
-NEWEST_TESTED_TORCH = (2, 13)
+NEWEST_TESTED_TORCH = (2, 15)
 MINIMUM_TRITON = (3, 6)
 MINIMUM_TRANSFORMERS = (5, 10, 4)
 

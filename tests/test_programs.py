@@ -292,3 +292,23 @@ def test_a_bias_that_is_not_provable_stays_a_tensor() -> None:
     (site,) = rewritten_alike(function, *qkv(grad=True), bias)
     assert site.kernel == "sdpa"
     assert site.score_transforms[0] == "scale(0.5)"
+
+
+def test_a_lookup_by_a_lookup_reads_both_tables() -> None:
+    """An index that is loaded itself: both loads keep their own operand."""
+    weight, which = torch.randn(7, 3, dtype=torch.float64), torch.randint(0, 7, (2, 6))
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        other = torch.nn.functional.embedding(which, weight).permute(0, 2, 1)[:, :, None]
+        return (q @ k.mT + other.sin() + other).softmax(-1) @ v
+
+    def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        far = torch.log1p(torch.arange(6.0)).long()[None]
+        return (q @ k.mT + weight[far].permute(2, 0, 1)).softmax(-1) @ v
+
+    for one in (function, decode):
+        torch._dynamo.reset()
+        tokens = (1 if one is decode else 4, 6, 6)
+        q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in tokens)
+        (site,) = rewritten_alike(one, q, k, v)
+        assert site.status == "rewritten", site.reason

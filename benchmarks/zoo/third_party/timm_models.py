@@ -52,6 +52,7 @@ ATTENTION: dict[str, int] = {
     "vit_medium_patch16_rope_reg1_gap_256": 64, "vit_base_mci_224": 0, "deit3_small_patch16_224": 64,
 }  # fmt: skip
 AMBIGUOUS = {
+    "efficientvim_m1",
     "lambda_resnet26rpt_256",
     "xcit_nano_12_p16_224",
     "davit_tiny",
