@@ -62,9 +62,13 @@ class Outcome:
 
     @property
     def missed(self) -> int:
-        """Sites left alone although nothing forces that: no weights returned or mixed over heads."""
-        forced = min(self.escaped, self.declined.get("weights-escape", 0)) + self.mixed
-        return max(0, self.live_sites - self.rewritten - forced)
+        """Sites left alone although nothing forces that."""
+        return max(0, self.live_sites - self.rewritten - self.forced)
+
+    @property
+    def forced(self) -> int:
+        """Sites that must stay: their weights are returned, or mixed over heads."""
+        return min(self.escaped, self.declined.get("weights-escape", 0)) + self.mixed
 
     @property
     def wrong(self) -> bool:
@@ -92,6 +96,7 @@ class Outcome:
         return {
             **asdict(self),
             "false_positives": self.false_positives,
+            "forced": self.forced,
             "missed": self.missed,
             "wrong": self.wrong,
         }
@@ -117,7 +122,9 @@ def check(entry: Entry, *, train: bool = False, options: dict[str, Any] | None =
         if outcome.relative_error is not None and outcome.relative_error > TOLERANCE:
             outcome.double_errors = _double_errors(entry, options)
         if outcome.missed:
-            outcome.live_sites = min(truth.count, live_sites(model, args, kwargs))
+            live, escaped = live_sites(model, args, kwargs)
+            outcome.live_sites = min(truth.count, live)
+            outcome.escaped = max(truth.escaped, escaped)
         if train:
             outcome.gradient_error = gradient_error(entry, options)
     except Exception as error:  # any model may fail in any way; the report says how
@@ -176,12 +183,13 @@ def _double_errors(entry: Entry, options: dict[str, Any] | None) -> tuple[float,
         return None
 
 
-def live_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Sites in the graphs that Dynamo gives to a backend, without those whose result is unused.
+def live_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Sites in the graphs that Dynamo gives to a backend, and how many of them return their weights.
 
-    A backend cannot replace what a graph break tears apart, nor need it replace dead code.
+    A backend cannot replace what a graph break tears apart, nor need it replace dead code. Behind a
+    break, a function may be a graph of its own whose weights only its caller in Python drops.
     """
-    counts: list[int] = []
+    counts: list[tuple[int, int]] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
         gm.graph.eliminate_dead_code()
@@ -189,7 +197,7 @@ def live_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
         def call(*inputs: Any) -> Any:
             out, truth = observe(gm, inputs, {})
-            counts.append(truth.count)
+            counts.append((truth.count, truth.escaped))
             return out
 
         return call
@@ -197,7 +205,7 @@ def live_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model, backend=backend)(*args, **kwargs)
-    return sum(counts)
+    return sum(count for count, _ in counts), sum(escaped for _, escaped in counts)
 
 
 def record_sites(outcome: Outcome, tally: Sequence[Any]) -> None:

@@ -171,7 +171,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lw_detr": {"backbone_config": {"image_size": 64, "num_windows": 4}, "projector_scale_factors": [1.0], "projector_in_channels": [32], "num_feature_levels": 1, "projector_out_channels": 32},
     "xcodec": {"codebook_dim": 64},
     "nemo_speechlm": {"text_config": {"layers_block_type": ["linear_attention", "full_attention"], "n_groups": 2}},
-    "clvp": {"text_config": {"hidden_size": 128}, "speech_config": {"hidden_size": 128}},
     "pp_doclayout_v3": {"backbone_config": {**_LAST_THREE, "out_features": None, "out_indices": [1, 2, 3, 4]}, "x4_feat_dim": 16},
     "clap": {"audio_config": {"spec_size": 32, "patch_embeds_hidden_size": 16, "hidden_size": 32, "depths": [1, 1], "num_attention_heads": [2, 2], "window_size": 4}},
     "align": {"projection_dim": 80},
@@ -193,8 +192,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pe_audio_video_encoder": {"video_config": {"vision_config": _PERCEPTION}},
     "pe_audio_video": {"audio_video_config": {"video_config": {"vision_config": _PERCEPTION}}},
     "perception_lm": {"vision_config": _PERCEPTION},
-    "efficientloftr": {"hidden_size": 256, "head_dim": 64},
     "muse_glimmer_assistant": {"target_layer_ids": [0, 1]},
+    "clvp": {"text_config": {"hidden_size": 128}, "speech_config": {"hidden_size": 128}, "decoder_config": {"decoder_fixing_codes": [83, 45, 45, 24]}},
+    "mistral_large4_text": {"kv_source_layers": [0, 1]},
+    "splinter": {"question_token_id": 104},
+    "hgnet_v2": {"hidden_sizes": [16, 64, 128, 256]},
 }  # fmt: skip
 
 # Inputs that no rule guesses, as `hf_inputs` draws them; those that a forward lacks are left out.
@@ -240,7 +242,6 @@ INPUTS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer": {"input_values": "normal 2 1 3200"},
     "encodec": {"input_values": "normal 2 1 1600"},
     "muse_spark_vision": {"pixel_values": "normal 32 384", "grid_thw": [[1, 4, 4]] * 2},
-    "efficientloftr": {"pixel_values": "normal 2 2 3 64 64"},
     "qwen3_asr_encoder": {"input_features": "normal 2 16 100", "input_features_mask": "ones 2 100"},
     "fun_asr_nano_encoder": {"input_features": "normal 2 48 112", "input_features_mask": "ones 2 48"},
     "seggpt": {"pixel_values": "normal 2 3 16 16", "prompt_pixel_values": "normal 2 3 16 16", "prompt_masks": "normal 2 3 16 16"},
@@ -251,16 +252,26 @@ INPUTS: dict[str, dict[str, Any]] = {
     "xcodec2": {"input_values": "normal 2 1 3200", "input_features": "normal 2 10 160"},
     "minicpm_ocr_vision": {"pixel_values": "normal 1 3 8 256", "target_sizes": [[4, 4]] * 2},
     "minicpmv4_7_vision": {"pixel_values": "normal 1 3 8 256", "target_sizes": [[4, 4]] * 2},
-    "inkling2_vision": {"pixel_values": "normal 8 16 16 3", "image_grid_thw": [[1, 4, 4]] * 2},
     "paddleocr_vl": {"input_ids": [[5, 126, 112, 112, 112, 112, 109, 6, 7, 8]] * 2, "mm_token_type_ids": [[0, 0, 1, 1, 1, 1, 0, 0, 0, 0]] * 2, "pixel_values": "normal 32 3 8 8", "image_grid_thw": [[1, 4, 4]] * 2},
-    "omdet-turbo": {"pixel_values": "normal 2 3 32 32", "classes_input_ids": "ids 4 7", "classes_attention_mask": "ones 4 7", "tasks_input_ids": "ids 2 7", "tasks_attention_mask": "ones 2 7", "classes_structure": [2, 2]},
     "muse_glimmer_assistant": {"noise_embeds": "normal 2 16 32", "context_hidden_states": "normal 2 10 64", "attention_mask": "ones 2 26"},
 }  # fmt: skip
 
 # Packages that no machine here has, and models that run on a session and not on tensors.
 SKIPPED: frozenset[str] = frozenset(
-    "dinat layoutlmv2 nat timm_backbone pe_video bark sam2_video sam3_video sam3_tracker_video "
-    "edgetam_video higgs_audio_v2_tokenizer voxtral_realtime_text".split()
+    [
+        "dinat",
+        "layoutlmv2",
+        "nat",
+        "timm_backbone",
+        "pe_video",
+        "bark",
+        "sam2_video",
+        "sam3_video",
+        "sam3_tracker_video",
+        "edgetam_video",
+        "higgs_audio_v2_tokenizer",
+        "voxtral_realtime_text",
+    ]
 )
 
 # Classes that refuse `attn_implementation="sdpa"`, or parts of them do.
