@@ -146,8 +146,7 @@ class _Builder:
             return None
         if not prove_mask.is_dense_load(found):
             return self._own(found)
-        is_mask = isinstance(found, sympy.logic.boolalg.Boolean)
-        if is_mask or term in self.differentiable:
+        if ex.is_predicate(found) or term in self.differentiable:
             return None
         device = term.meta["val"].device.type
         return self._by_distance(found) if device in distance_tables.DEVICES else None
@@ -155,8 +154,7 @@ class _Builder:
     def number(self, term: fx.Node, layout: Layout) -> sympy.Expr | None:
         """The same as a number: 0 or 1 for a Boolean."""
         found = self.element(term, layout)
-        is_mask = isinstance(found, sympy.logic.boolalg.Boolean)
-        return ex.Truth(found) if is_mask else found
+        return ex.Truth(found) if found is not None and ex.is_predicate(found) else found
 
     def _by_distance(self, value: sympy.Basic) -> sympy.Basic | None:
         """A bias whose dense part depends on the distance alone reads it from a table."""
@@ -505,7 +503,7 @@ def _least_moved(options: Sequence[Source], order: Sequence[tuple[Any, ...]]) ->
 def _boolean(value: sympy.Basic) -> sympy.Basic:
     if value in (sympy.true, sympy.false):
         return value
-    if isinstance(value, sympy.logic.boolalg.Boolean) and not value.is_Symbol:
+    if ex.is_predicate(value):
         return value
     return sympy.Ne(value, 0)
 

@@ -65,6 +65,11 @@ class Truth(sympy.Function):
         return None
 
 
+def is_predicate(expr: sympy.Basic) -> bool:
+    """Whether an expression is true or false. To sympy a symbol is both, Boolean and number."""
+    return isinstance(expr, sympy.logic.boolalg.Boolean) and not expr.is_Symbol
+
+
 def whole_quotient(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
     """`expr` as a quotient whose parts hold no fractions and no floats; None if it is none."""
     if expr.has(sympy.Float):

@@ -135,6 +135,14 @@ def test_a_bias_by_more_than_the_distance_stays_a_tensor(function: Callable[...,
     assert "by distance" not in str(site.score_transforms)
 
 
+def test_the_position_itself_is_a_number() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (((q @ k.mT) + torch.arange(6)) * torch.arange(6)).softmax(-1) @ v
+
+    (site,) = rewritten_alike(function, *qkv(6, 6))
+    assert site.status == "rewritten", site.reason
+
+
 def test_factors_that_are_masks() -> None:
     keep = torch.randn(6, 6) > 0
 
