@@ -103,7 +103,9 @@ def _read(anchor: Anchor, shadow: Shadow) -> list[Candidate]:
             raise Declined("heads-mixed", message) from None
         message = "the attention weights are copied together from parts before they meet V"
         raise Declined("weights-copied", message) from None
-    paths = score_paths(anchor.logits, layout, keys)
+    readers = {anchor.weights, *anchor.inner} & set(anchor.logits.users)
+    first_reader = min(readers or anchor.logits.users, key=shadow.positions.__getitem__)
+    paths = score_paths(anchor.logits, layout, keys, first_reader)
     paths = [path for path in paths if not is_linear_map(path, shadow)]
     if not paths:
         if looks_like_scores(anchor.logits, shadow):

@@ -196,7 +196,13 @@ def _is_pointwise(node: fx.Node) -> bool:
 def emit_table(
     emitter: Emitter, table: Table, sizes: Mapping[sympy.Symbol, sympy.Expr], device: torch.device
 ) -> fx.Node:
-    """Write a table in front of a site: [B, H, T + S - 1], without the axes that it has not."""
+    """Write a table in front of a site: [B, H, T + S - 1], without the axes that it has not.
+
+    Sites behind it with the same table, as the layers of a T5 are, read the same node.
+    """
+    key = (table, device, *(sizes[symbol] for symbol in table.symbols))
+    if key in emitter.shared:
+        return emitter.shared[key][0]
     count = emitter.size(table.queries + table.keys - 1)
     positions = emitter.call(torch.arange, count, device=device)
     u = emitter.call(torch.sub, positions, emitter.size(table.queries - 1))
@@ -215,7 +221,7 @@ def emit_table(
         index = emitter.call(torch.arange, emitter.size(sizes[symbol]), device=device)
         indices.append(emitter.method("reshape", index, (-1,) + (1,) * (len(symbols) - place)))
     free = sorted(table.formula.free_symbols - {b, h, distance}, key=str)
-    lengths = [_as_node(emitter, emitter.size(symbol), device) for symbol in free]
+    lengths = [emitter.size_tensor(symbol, device) for symbol in free]
 
     def function(at: Any, *others: Any) -> Any:
         given, loaded = others[: len(indices) + len(lengths)], others[len(indices) + len(lengths) :]
@@ -228,12 +234,8 @@ def emit_table(
         ]
         return evaluate(table.formula, env, sources, dtype=table.dtype)
 
-    return emitter.traced(function, u, *indices, *lengths, *nodes)
-
-
-def _as_node(emitter: Emitter, size: int | fx.Node, device: torch.device) -> fx.Node:
-    """A size as a tensor of no dimensions."""
-    return emitter.call(torch.full, (), size, dtype=torch.int64, device=device)
+    emitter.shared[key] = (emitter.traced(function, u, *indices, *lengths, *nodes),)
+    return emitter.shared[key][0]
 
 
 def _values(leaf: Leaf, at: Any) -> Any:

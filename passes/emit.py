@@ -28,11 +28,11 @@ class Emitter:
         gm: fx.GraphModule,
         shadow: Shadow,
         before: fx.Node,
-        block_masks: dict[Any, tuple[fx.Node, ...]],
+        shared: dict[Any, tuple[fx.Node, ...]],
         swapped: dict[fx.Node, fx.Node],
     ) -> None:
         """New nodes go right before `before`; values of nodes after it cannot be used."""
-        self.block_masks = block_masks  # written so far, for sites with the same mask
+        self.shared = shared  # block masks and tables written so far, for later sites
         self.swapped = swapped  # Dynamo nodes that were replaced so far
         self.gm = gm
         self.graph = gm.graph
@@ -100,9 +100,9 @@ class Emitter:
     def forget_erased(self) -> None:
         """Drop what was remembered of nodes that have been erased again."""
         alive = set(self.graph.nodes)
-        for key, nodes in list(self.block_masks.items()):
+        for key, nodes in list(self.shared.items()):
             if not alive.issuperset(nodes):
-                del self.block_masks[key]
+                del self.shared[key]
         self.replaced = {key: node for key, node in self.replaced.items() if node in alive}
         self._sizes = {
             key: node
@@ -136,6 +136,10 @@ class Emitter:
         if size not in self._sizes:
             self._sizes[size] = self._read_size(size)
         return self._sizes[size]
+
+    def size_tensor(self, size: sympy.Expr, device: torch.device) -> fx.Node:
+        """A size as a tensor of no dimensions."""
+        return self.call(torch.full, (), self.size(size), dtype=torch.int64, device=device)
 
     def _read_size(self, size: sympy.Expr) -> fx.Node:
         for node in self.graph.nodes:

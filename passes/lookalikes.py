@@ -6,6 +6,7 @@ over channels, scores may be mixed over heads or copied together from chunks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -23,18 +24,7 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d", "convolution"])
 _LAYERS = _CONVOLUTIONS | {"linear"}
-_ENDS = frozenset(
-    [
-        "linear",
-        "layer_norm",
-        "rms_norm",
-        "group_norm",
-        "embedding",
-        "gather",
-        "topk",
-        *_CONVOLUTIONS,
-    ]
-)
+_ENDS = _LAYERS | {"layer_norm", "rms_norm", "group_norm", "embedding", "gather", "topk"}
 _PARTS = frozenset(["chunk", "split", "split_with_sizes", "unbind", "tensor_split", "unsafe_chunk"])
 _COPIES = frozenset(["pad", "constant_pad_nd", "as_strided", "unfold", "cat", "stack"])
 _MOVES = voc.RESHAPES | voc.SAME | voc.CASTS | {"slice", "select", "expand"}
@@ -53,11 +43,12 @@ def is_linear_map(path: ScorePath, shadow: Shadow) -> bool:
 def mixes_heads(path: ScorePath, shadow: Shadow) -> bool:
     """Whether a product is a layer over the scores of several heads (talking heads).
 
-    "Talking-Heads Attention" (Shazeer et al., 2020), equation of section 3.
+    "Talking-Heads Attention" (Shazeer et al., 2020).
     """
     if not _is_parameter(path.q, shadow):
         return False
-    inner = score_paths(path.k.node, path.k.layout, path.keys)
+    reader = min(path.k.node.users, key=shadow.positions.__getitem__)
+    inner = score_paths(path.k.node, path.k.layout, path.keys, reader)
     return any(not is_linear_map(one, shadow) for one in inner)
 
 
@@ -74,7 +65,6 @@ def is_over_channels(path: ScorePath) -> bool:
 def looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
     """Whether a softmax's input comes from a product of activations by way of copies and views."""
     pending, seen = [(logits, 0)], set()
-    sizes = sorted(map(str, shape_of(logits)))
     while pending:
         node, depth = pending.pop()
         if node in seen or depth > _REACH:
@@ -87,7 +77,7 @@ def looks_like_scores(logits: fx.Node, shadow: Shadow) -> bool:
                 return True
             pending.extend((side, depth + 1) for side in sides)
             continue
-        if voc.op_name(node) in _ENDS and sorted(map(str, shape_of(node))) != sizes:
+        if voc.op_name(node) in _ENDS and not _has_sizes_of(node, logits):
             continue  # a layer over heads keeps the sizes
         written = shadow.writes.get(storage_root(node), ())
         sources = [
@@ -105,7 +95,7 @@ def way_to_values(weights: fx.Node, shadow: Shadow) -> Literal["mixed", "copied"
         "mixed" where a layer stands between, "copied" where parts are copied together.
     """
     pending: list[tuple[fx.Node, int, Literal["mixed", "copied"] | None]] = [(weights, 0, None)]
-    seen, sizes = set(), sorted(map(str, shape_of(weights)))
+    seen = set()
     while pending:
         node, depth, way = pending.pop()
         if (node, way) in seen or depth > _REACH:
@@ -121,13 +111,18 @@ def way_to_values(weights: fx.Node, shadow: Shadow) -> Literal["mixed", "copied"
                 elif way is not None and len(shape_of(other)) > 1:
                     return way
             elif name in _LAYERS:
-                if sorted(map(str, shape_of(user))) == sizes:
+                if _has_sizes_of(user, weights):
                     pending.append((user, depth + 1, "mixed"))
             elif name in _COPIES:
                 pending.append((user, depth + 1, way or "copied"))
             elif name in _MOVES or voc.permutation(user) or _keeps_shape(user, node):
                 pending.append((user, depth + 1, way))
     return None
+
+
+def _has_sizes_of(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors have the same sizes in any order."""
+    return Counter(shape_of(node)) == Counter(shape_of(other))
 
 
 def _keeps_shape(user: fx.Node, node: fx.Node) -> bool:
@@ -151,15 +146,15 @@ def _features(tensor: Tensor) -> Iterator[tuple[Axis, ...]]:
         node, layout = voc.peel(node, layout)[-1]
         name = voc.op_name(node)
         before = None
-        if name in _LAYERS or voc.contraction(node) is not None:
-            own, before = _through_layer(node, layout)
-            yield own
-            n_layers += 1
-        elif node.op == "call_function":
-            try:
+        try:
+            if name in _LAYERS or voc.contraction(node) is not None:
+                own, before = _through_layer(node, layout)
+                yield own
+                n_layers += 1
+            elif node.op == "call_function":
                 before = _through_part(node, layout) or _through_elementwise(node, layout)
-            except AxisMismatch:
-                return
+        except (AxisMismatch, KeyError):  # no layout describes what is behind
+            return
         if before is None or n_layers == _LAYERS_BACK:
             return
         node, layout = before

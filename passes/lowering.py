@@ -111,8 +111,7 @@ def operand_node(
     if isinstance(ref.node, Table):
         return emit_table(emitter, ref.node, proven.roles.sizes(), device)
     if not isinstance(ref.node, fx.Node):
-        size = emitter.size(ref.node)
-        return emitter.call(torch.full, (), size, dtype=torch.int64, device=device)
+        return emitter.size_tensor(ref.node, device)
     node = emitter.value(ref.node)
     if not isinstance(node.meta["example_value"], torch.Tensor):
         return emitter.call(torch.full, (), node, dtype=torch.float64, device=device)
@@ -201,7 +200,7 @@ def _flex_attention(
     with emitter.recording():
         return emit_flex(
             emitter.gm, emitter.before, q, k, v, operands, program, sizes,
-            may_be_empty=proven.may_be_empty, shared=emitter.block_masks,
+            may_be_empty=proven.may_be_empty, shared=emitter.shared,
         )  # fmt: skip
 
 

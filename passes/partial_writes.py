@@ -31,7 +31,7 @@ Read = tuple[
 ]  # additions in the order of computation; nodes that make them
 
 
-def partial_writes(scores: fx.Node, layout: Layout, reader: fx.Node | None) -> Read | None:
+def partial_writes(scores: fx.Node, layout: Layout, reader: fx.Node) -> Read | None:
     """What is added to parts of `scores` before `reader` reads them.
 
     Args:
@@ -55,7 +55,7 @@ def partial_writes(scores: fx.Node, layout: Layout, reader: fx.Node | None) -> R
     steps: list[Step] = []
     region: list[fx.Node] = []
     for write in sorted(writes, key=order.__getitem__):
-        if reader is not None and order[write] > order[reader]:
+        if order[write] > order[reader]:
             break
         try:
             found = parts.read(write)

@@ -294,7 +294,7 @@ class _Builder:
             "square": lambda v: v**2, "relu": lambda v: sympy.Max(v, 0),
             "sigmoid": lambda v: 1 / (1 + sympy.exp(-v)),
         }  # fmt: skip
-        part = functions[step.name](ex.x)
+        part = _softplus(step.node) if step.name == "softplus" else functions[step.name](ex.x)
         self.items.append(("map", part))
         self.transforms.append(ir.Elementwise(value=part))
 
@@ -498,6 +498,16 @@ def _least_moved(options: Sequence[Source], order: Sequence[tuple[Any, ...]]) ->
         if resolve_layout(option.tensor.layout) == tuple(order):
             return option
     return last
+
+
+def _softplus(node: fx.Node) -> sympy.Expr:
+    """`softplus(x, beta, threshold)`: linear where `beta * x` is above the threshold."""
+    beta = voc.number(voc.argument(node, 1, "beta", 1))
+    threshold = voc.number(voc.argument(node, 2, "threshold", 20))
+    if beta is None or threshold is None or not beta.is_number:
+        raise Declined("score-op", "a softplus of the scores has a beta that is no number")
+    power = beta * ex.x
+    return Where(power > threshold, ex.x, sympy.log(1 + sympy.exp(power)) / beta)
 
 
 def _boolean(value: sympy.Basic) -> sympy.Basic:

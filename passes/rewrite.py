@@ -54,10 +54,10 @@ def rewrite(
     for number, (proven, _) in enumerate(jobs):
         by_owner.setdefault(shadow.owner(proven.candidate.out.node), []).append(number)
     dead: list[fx.Node] = []
-    block_masks: dict[Any, tuple[fx.Node, ...]] = {}
+    shared: dict[Any, tuple[fx.Node, ...]] = {}
     swapped: dict[fx.Node, fx.Node] = {}
     for owner, numbers in sorted(by_owner.items(), key=lambda item: shadow.order[item[0]]):
-        emitter = Emitter(gm, shadow, owner, block_masks, swapped)
+        emitter = Emitter(gm, shadow, owner, shared, swapped)
         for number in numbers:
             results[number] = _write(emitter, *jobs[number])
         if emitter.replaced and any(results[n].reason is None for n in numbers):

@@ -63,8 +63,17 @@ class _State:
         return _State(node, layout, keys, (*self.steps, *steps), (*self.region, self.node))
 
 
-def score_paths(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> list[ScorePath]:
-    """All ways from a softmax's input `node` back to a contraction over K's head dimension."""
+def score_paths(
+    node: fx.Node, layout: Layout, keys: tuple[Axis, ...], reader: fx.Node
+) -> list[ScorePath]:
+    """All ways from a softmax's input `node` back to a contraction over K's head dimension.
+
+    Args:
+        node: Where to start.
+        layout: The axes of its dimensions.
+        keys: Those that the softmax runs over.
+        reader: What reads `node`; what is written into it later does not count.
+    """
     found: list[ScorePath] = []
     pending = [_State(node, layout, keys, (), ())]
     seen = 0
@@ -72,7 +81,7 @@ def score_paths(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> list[S
         state = pending.pop()
         seen += 1
         if state.settled is not state.node:
-            state = _with_later_writes(state)
+            state = _with_later_writes(state, state.region[-1] if state.region else reader)
         product = voc.contraction(state.node)
         if product is not None and (path := _finish(state, product)) is not None:
             found.append(path)
@@ -85,9 +94,8 @@ def score_paths(node: fx.Node, layout: Layout, keys: tuple[Axis, ...]) -> list[S
     return found
 
 
-def _with_later_writes(state: _State) -> _State:
-    """The state in front of what is added to parts of its node after the node was computed."""
-    reader = state.region[-1] if state.region else None
+def _with_later_writes(state: _State, reader: fx.Node) -> _State:
+    """The state in front of what is added to parts of its node before `reader` reads it."""
     found = partial_writes(state.node, state.layout, reader)
     if found is None:
         return state

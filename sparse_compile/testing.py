@@ -146,6 +146,8 @@ def rewritten_alike(
     report = backend.last_report()
     assert not report.errors, report.errors[0]
     assert not report.failed_validations, report.failed_validations
+    broken = [site.reason for site in report.sites if site.reason_code == "internal-error"]
+    assert not broken, broken[0]
 
     def assert_same(a: Any, b: Any) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)

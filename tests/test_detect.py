@@ -253,9 +253,12 @@ def test_a_declined_attention_still_computes_the_same() -> None:
     assert (site.status, site.reason_code, site.kernel) == ("declined", "weights-escape", None)
 
 
-@pytest.mark.parametrize("function", [used_twice, renormalised])
-def test_weights_with_several_users_are_never_wrong(function: Attend) -> None:
-    rewritten_alike(function, *qkv())
+@pytest.mark.parametrize(
+    ("function", "code"), [(used_twice, None), (renormalised, "weights-factor")]
+)
+def test_weights_with_several_users_are_never_wrong(function: Attend, code: str | None) -> None:
+    (site,) = rewritten_alike(function, *qkv())
+    assert site.reason_code == code
 
 
 def test_nan_to_num_with_another_number_is_not_taken_for_zero() -> None:
@@ -264,7 +267,8 @@ def test_nan_to_num_with_another_number_is_not_taken_for_zero() -> None:
         weights = (q @ k.mT).masked_fill(~keep, float("-inf")).softmax(-1)
         return weights.nan_to_num(nan=0.5) @ v
 
-    rewritten_alike(function, *qkv())
+    (site,) = rewritten_alike(function, *qkv())
+    assert site.reason_code == "weights-op"
 
 
 def test_a_factor_rounded_down_is_no_division() -> None:
@@ -272,7 +276,8 @@ def test_a_factor_rounded_down_is_no_division() -> None:
         weights = (q @ k.mT).softmax(-1)
         return torch.div(weights, 0.25, rounding_mode="floor") @ v
 
-    rewritten_alike(function, *qkv())
+    (site,) = rewritten_alike(function, *qkv())
+    assert site.reason_code == "weights-op"
 
 
 def test_two_sites_share_k_and_v() -> None:
@@ -341,8 +346,29 @@ def some_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def written_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The scores that are weighed are those from before."""
+    scores = q @ k.mT
+    weights = scores.softmax(-1)
+    scores[:, :, 1:] += ROWS.flatten(2)[..., None, :5]
+    return weights @ v + scores.sum(-1, keepdim=True)
+
+
+def written_within_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    scores[:, :, 1:] += ROWS.flatten(2)[..., None, :5]
+    return (powers / powers.sum(-1, keepdim=True)) @ v
+
+
 @pytest.mark.parametrize(
-    ("function", "code"), [(multiplied_part, "overwritten"), (some_heads, "layout")]
+    ("function", "code"),
+    [
+        (multiplied_part, "overwritten"),
+        (some_heads, "layout"),
+        (written_after_softmax, "overwritten"),
+        (written_within_softmax, "overwritten"),
+    ],
 )
 def test_other_writes_into_a_part_of_the_scores_decline(function: Attend, code: str) -> None:
     (site,) = rewritten_alike(function, *qkv(5))

@@ -92,6 +92,25 @@ def test_nothing_of_the_size_of_the_scores_is_left() -> None:
     assert not [shape for shape in shapes if shape[-2:] == (n_tokens, n_tokens)]
 
 
+def test_sites_share_a_table() -> None:
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return t5(t5(q, k, v), k, v)
+
+    tables: list[int] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: object) -> object:
+        run = backend.rewrite_only(gm, inputs)  # type: ignore[arg-type]
+        gm.graph.eliminate_dead_code()
+        tables.append(sum(node.target is torch.log for node in gm.graph.nodes))
+        tables.append(gm.code.count("aten.log.default"))
+        return run
+
+    inputs = qkv(7, 7)
+    torch.testing.assert_close(torch.compile(layers, backend=look)(*inputs), layers(*inputs))
+    assert [site.status for site in sparse_compile.last_report().sites] == ["rewritten"] * 2
+    assert tables == [0, 1]  # the model's own matrices are gone, one table is left
+
+
 def test_one_table_for_many_lengths() -> None:
     run = torch.compile(t5, backend=backend.rewrite_only, dynamic=True)
     for size in (6, 9, 13):

@@ -156,9 +156,9 @@ class TestBuilt:
 def test_modules_are_imported_by_their_names(module):
     code = (
         f"import importlib; m = importlib.import_module('sparse_compile.{module}'); "
-        f"assert m.__name__ == 'sparse_compile.{module}'"
+        "print(m.__name__)"
     )
-    run(sys.executable, "-c", code, cwd=ROOT)
+    assert run(sys.executable, "-c", code, cwd=ROOT).split() == [f"sparse_compile.{module}"]
 
 
 def test_kernel_modules_are_imported_by_their_names():
@@ -179,12 +179,11 @@ def test_our_folder_is_not_the_package_named_kernels(tmp_path):
         "import importlib.util, sys\n"
         "sys.path.insert(0, '')\n"
         "spec = importlib.util.find_spec('kernels')\n"
-        "assert spec is None or spec.origin is None, spec\n"
         "from transformers.utils import is_kernels_available\n"
-        "assert not is_kernels_available()\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "print(getattr(spec, 'origin', None), is_kernels_available())\n"
     )
-    run(sys.executable, "-c", code, cwd=ROOT)
+    assert run(sys.executable, "-c", code, cwd=ROOT).split() == ["None", "False"]
 
 
 def test_transformers_works_beside_an_installed_package_named_kernels(tmp_path):
@@ -197,6 +196,7 @@ def test_transformers_works_beside_an_installed_package_named_kernels(tmp_path):
         "import sys\n"
         "sys.path.insert(0, ''); sys.path.append(sys.argv[1])\n"
         "import kernels\n"
-        "assert kernels.__file__.startswith(sys.argv[1]), kernels.__file__\n"
+        "print(kernels.__file__)\n"
     )
-    run(sys.executable, "-c", code, str(site), cwd=ROOT)
+    found = run(sys.executable, "-c", code, str(site), cwd=ROOT).strip()
+    assert Path(found) == site / "kernels" / "__init__.py"

@@ -129,7 +129,9 @@ GRADIENTS = (
 
 @pytest.mark.parametrize("name", GRADIENTS.split())
 def test_gradients_follow_the_same_steps(name: str) -> None:
-    rewritten_alike(attention(TRANSFORMS[name][0]), *qkv(grad=True))
+    (site,) = rewritten_alike(attention(TRANSFORMS[name][0]), *qkv(grad=True))
+    left = {"number-before-soft-cap": "score-op", "bias-from-values": "not-convex"}
+    assert site.reason_code == left.get(name)
 
 
 def test_a_maximum_that_varies_with_the_key_does_not_cancel() -> None:
@@ -137,7 +139,9 @@ def test_a_maximum_that_varies_with_the_key_does_not_cancel() -> None:
         scores = q @ k.mT  # [S, S]
         return (scores - scores.amax(-1)).softmax(-1) @ v
 
-    rewritten_alike(function, *(torch.randn(S, D, dtype=torch.float64) for _ in range(3)))
+    inputs = (torch.randn(S, D, dtype=torch.float64) for _ in range(3))
+    (site,) = rewritten_alike(function, *inputs)
+    assert site.reason_code == "not-convex"
 
 
 def with_sink(change: Scores, after: Scores = lambda x: x) -> Callable[..., Tensor]:
@@ -171,7 +175,8 @@ def test_a_sink_takes_its_share(name: str) -> None:
 
 def test_a_sink_has_a_gradient() -> None:
     logits = torch.randn(H, dtype=torch.float64, requires_grad=True)
-    rewritten_alike(with_sink(*SINKS["masked"]), *qkv(grad=True), logits)
+    (site,) = rewritten_alike(with_sink(*SINKS["masked"]), *qkv(grad=True), logits)
+    assert site.score_transforms == ("mask", "sink(Load(0, h))")
 
 
 def test_an_addend_in_the_denominator_sees_the_scores_as_they_are() -> None:
@@ -179,7 +184,8 @@ def test_an_addend_in_the_denominator_sees_the_scores_as_they_are() -> None:
         powers = torch.exp(q @ k.mT + 1.0)
         return powers / (1 + powers.sum(-1, keepdim=True)) @ v
 
-    rewritten_alike(function, *qkv())
+    (site,) = rewritten_alike(function, *qkv())
+    assert site.reason_code == "score-op"
 
 
 def filled(value: float, rows: Tensor = SOME_EMPTY) -> Callable[..., Tensor]:
@@ -250,7 +256,8 @@ def test_two_least_numbers_overflow_as_in_eager() -> None:
         return (q @ k.mT + once + twice).softmax(-1) @ v
 
     # float32, since that is what MIN overflows in: 1e-5 is a hundred of its steps
-    rewritten_alike(function, *qkv(torch.float32), tolerance=1e-5)
+    (site,) = rewritten_alike(function, *qkv(torch.float32), tolerance=1e-5)
+    assert site.status == "rewritten", site.reason
 
 
 def test_padding_of_a_whole_sequence() -> None:

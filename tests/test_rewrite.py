@@ -199,7 +199,8 @@ def test_views_behind_the_site_survive(name: str, layout: str) -> None:
             q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
         return VIEWS[name](torch.tanh(q @ k.mT).softmax(-1) @ v) * 1
 
-    rewritten_alike(function, *qkv())
+    (site,) = rewritten_alike(function, *qkv())
+    assert site.score_transforms == ("map(tanh(x))",)
 
 
 def test_two_outputs_of_one_node() -> None:
