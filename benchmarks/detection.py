@@ -4,10 +4,13 @@
     python benchmarks/detection.py --jobs 2 --package timm --package diffusers --inductor 1
     python benchmarks/detection.py --match llama --fresh
 
-Sites are counted in eager mode; "in graphs" leaves out what a graph break tears apart and dead code;
-what "must stay" are sites whose weights a graph returns, or mixes over heads before the values. The
-share is that of the sites in graphs that need not stay. Inductor's number is of the explicit
-softmaxes of every Nth model that runs; it is the slow part.
+Sites are counted in eager mode; "in graphs" leaves out what a graph break tears apart, dead code, and
+models tagged `negative` or `ambiguous` (attention over channels, say). What "must stay" are sites
+whose weights a graph returns, or mixes over heads before the values, or changes by what no formula
+of one score says (models tagged `declinable`). The share is that of the sites in graphs that need
+not stay. Inductor's number is of the explicit softmaxes of every Nth model that runs; it is the
+slow part.
+
 Every model runs in a process of its own with a time limit. Results are appended as they come, so
 an interrupted sweep goes on where it stopped; the table and the JSON are made from them.
 """
@@ -181,9 +184,10 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
     declined: Counter[str] = Counter()
     for record in ran:
         declined.update(record["declined"])
-    live = sum(record["live_sites"] for record in ran)
-    forced = sum(record["forced"] for record in ran)
-    right = sum(min(record["rewritten"], record["true_sites"]) for record in ran)
+    clear = [record for record in ran if not {"negative", "ambiguous"} & set(record["tags"])]
+    live = sum(record["live_sites"] for record in clear)
+    right = sum(_right(record) for record in clear)
+    forced = sum(_forced(record) for record in clear)
     counted = [record for record in ran if record.get("inductor") is not None]
     return {
         "models": len(records),
@@ -196,13 +200,22 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
         "share": round(100 * right / (live - forced), 1) if live > forced else None,
         "declined": sum(declined.values()),
         "declined_by_reason": dict(declined.most_common()),
-        "missed": sum(record["missed"] for record in ran),
+        "missed": max(0, live - right - forced),
         "false": sum(record["false_positives"] for record in ran),
         "wrong": sum(record["wrong"] for record in ran),
         "breaks": sum(len(record["graph_breaks"]) for record in ran),
         "inductor": sum(record["inductor"] for record in counted) if counted else None,
         "inductor_of": sum(record["explicit_sites"] for record in counted) if counted else None,
     }
+
+
+def _right(record: dict[str, Any]) -> int:
+    return min(record["rewritten"], record["true_sites"])
+
+
+def _forced(record: dict[str, Any]) -> int:
+    left = max(0, record["live_sites"] - _right(record))
+    return left if "declinable" in record["tags"] else min(left, record["forced"])
 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
