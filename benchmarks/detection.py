@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import time
 import zlib
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             sink.flush()
     records = [done[entry_id] for entry_id in ids if entry_id in done]
     summary = summarise(records)
-    options.output.write_text(json.dumps({"summary": summary, "models": records}, indent=1) + "\n")
+    _write(options.output, summary, records)
     print(table(summary))
     print(reasons(records))
     return int(any(record["wrong"] or record["false_positives"] for record in records))
@@ -77,6 +78,24 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--output", type=Path, default=RESULTS / "detection.json")
     return parser
+
+
+def _write(output: Path, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Where and what was measured, the summary, and a line for each model."""
+    from benchmarks import common
+
+    head = json.dumps({**common.environment("cpu"), "summary": summary}, indent=1)
+    lines = ",\n".join(f"  {_shared(json.dumps(_short(record)))}" for record in records)
+    output.write_text(f'{head.removesuffix("}").rstrip()},\n "models": [\n{lines}\n ]\n}}\n')
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "graph_breaks": len(record["graph_breaks"])}
+
+
+def _shared(text: str) -> str:
+    """A text without the folders of this machine."""
+    return re.sub(r"/[^ ()\"]*/site-packages/", "", text).replace(f"{ROOT}/", "")
 
 
 def _read(lines: Path) -> list[dict[str, Any]]:
