@@ -128,7 +128,11 @@ def environment(device: str) -> Record:
 def command_line() -> str:
     """The command that runs, as it would be typed in the repository's root."""
     main = sys.modules["__main__"].__spec__
-    name = f"-m {main.name}" if main else Path(sys.argv[0]).name
+    script = Path(sys.argv[0]).resolve()
+    if main:
+        name = f"-m {main.name}"
+    else:
+        name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
     return " ".join(["python", name, *sys.argv[1:]])
 
 

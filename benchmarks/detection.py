@@ -199,14 +199,17 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    from benchmarks.zoo.check import Outcome
+
     ran = [record for record in records if not record["error"]]
     declined: Counter[str] = Counter()
     for record in ran:
         declined.update(record["declined"])
-    clear = [record for record in ran if not {"negative", "ambiguous"} & set(record["tags"])]
-    live = sum(record["live_sites"] for record in clear)
-    right = sum(_right(record) for record in clear)
-    forced = sum(_forced(record) for record in clear)
+    outcomes = [Outcome.from_builtins(record) for record in ran]
+    clear = [outcome for outcome in outcomes if not {"negative", "ambiguous"} & set(outcome.tags)]
+    live = sum(outcome.live_sites for outcome in clear)
+    right = sum(min(outcome.rewritten, outcome.true_sites) for outcome in clear)
+    forced = sum(outcome.forced for outcome in clear)
     counted = [record for record in ran if record.get("inductor") is not None]
     return {
         "models": len(records),
@@ -219,22 +222,13 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
         "share": round(100 * right / (live - forced), 1) if live > forced else None,
         "declined": sum(declined.values()),
         "declined_by_reason": dict(declined.most_common()),
-        "missed": max(0, live - right - forced),
+        "missed": sum(outcome.missed for outcome in clear),
         "false": sum(record["false_positives"] for record in ran),
         "wrong": sum(record["wrong"] for record in ran),
         "breaks": sum(len(record["graph_breaks"]) for record in ran),
         "inductor": sum(record["inductor"] for record in counted) if counted else None,
         "inductor_of": sum(record["explicit_sites"] for record in counted) if counted else None,
     }
-
-
-def _right(record: dict[str, Any]) -> int:
-    return min(record["rewritten"], record["true_sites"])
-
-
-def _forced(record: dict[str, Any]) -> int:
-    left = max(0, record["live_sites"] - _right(record))
-    return left if "declinable" in record["tags"] else min(left, record["forced"])
 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -61,14 +61,23 @@ class Outcome:
         )
 
     @property
-    def missed(self) -> int:
-        """Sites left alone although nothing forces that."""
-        return max(0, self.live_sites - self.rewritten - self.forced)
+    def left(self) -> int:
+        """Sites in graphs that were not replaced."""
+        return max(0, self.live_sites - self.rewritten)
 
     @property
     def forced(self) -> int:
-        """Sites that must stay: their weights are returned, or mixed over heads."""
-        return min(self.escaped, self.declined.get("weights-escape", 0)) + self.mixed
+        """Those of them that must stay: by the model's tag, or their weights are returned or mixed."""
+        if "declinable" in self.tags:
+            return self.left
+        return min(
+            self.left, min(self.escaped, self.declined.get("weights-escape", 0)) + self.mixed
+        )
+
+    @property
+    def missed(self) -> int:
+        """Those of them that nothing forces to stay."""
+        return self.left - self.forced
 
     @property
     def wrong(self) -> bool:
@@ -85,11 +94,16 @@ class Outcome:
         found = [self.error, *self.pass_errors]
         if self.false_positives:
             found.append(f"{self.false_positives} false positives")
-        if self.missed and not {"declinable", "ambiguous"} & set(self.tags):
+        if self.missed and "ambiguous" not in self.tags:
             found.append(f"{self.rewritten} of {self.true_sites} sites replaced: {self.reasons}")
         if self.wrong:
             found.append(f"error {self.relative_error}, of gradients {self.gradient_error}")
         return [text for text in found if text]
+
+    @classmethod
+    def from_builtins(cls, record: dict[str, Any]) -> Outcome:
+        """What `to_builtins` made; derived values are derived anew."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     def to_builtins(self) -> dict[str, Any]:
         """Plain JSON types, with the derived values."""
@@ -121,7 +135,7 @@ def check(entry: Entry, *, train: bool = False, options: dict[str, Any] | None =
         _compare(outcome, model, args, kwargs, expected, options)
         if outcome.relative_error is not None and outcome.relative_error > TOLERANCE:
             outcome.double_errors = _double_errors(entry, options)
-        if outcome.missed:
+        if outcome.left:
             live, escaped = live_sites(model, args, kwargs)
             outcome.live_sites = min(truth.count, live)
             outcome.escaped = max(truth.escaped, escaped)
