@@ -27,19 +27,26 @@ ALL_TESTS = ["tests"]
 PYTEST = ("-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-rfE")
 
 
-def run_tests(selection: Sequence[str]) -> tuple[dict[str, int], list[dict[str, str]], float]:
-    """Run the tests marked `gpu` in a process of their own.
+def run_tests(
+    selection: Sequence[str], jobs: int
+) -> tuple[dict[str, int], list[dict[str, str]], float]:
+    """Run the tests marked `gpu` in processes of their own.
 
     Args:
         selection: Files or folders of tests.
+        jobs: Processes at a time; most of the time goes into compiling.
     Returns:
-        Counts by outcome, the failures, and the seconds it took.
+        Counts by outcome, the failures, and the seconds that the tests took together.
     Raises:
         SparseCompileError: pytest wrote no results.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "junit.xml"
-        command = [sys.executable, *PYTEST, f"--junit-xml={results}", *marked_files(selection)]
+        parallel = [] if jobs == 1 else ["-n", str(jobs)]
+        command = [
+            *(sys.executable, *PYTEST, f"--junit-xml={results}", *parallel),
+            *marked_files(selection),
+        ]
         done = subprocess.run(command, cwd=common.ROOT)
         if not results.is_file():
             raise SparseCompileError(
@@ -88,7 +95,7 @@ def _last_lines(trouble: ElementTree.Element) -> str:
     return "\n".join(lines[-MESSAGE_LINES:])
 
 
-def record(selection: Sequence[str], output: Path | None) -> int:
+def record(selection: Sequence[str], jobs: int, output: Path | None) -> int:
     """Run the tests and write the record.
 
     Raises:
@@ -98,7 +105,7 @@ def record(selection: Sequence[str], output: Path | None) -> int:
     # before the run: what is tested is what was there when it began
     hashes = common.source_hashes()
     where = common.environment("cuda")
-    counts, failures, seconds = run_tests(selection)
+    counts, failures, seconds = run_tests(selection, jobs)
     data = {
         "version": VERSION,
         **where,
@@ -161,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, help=f"file to write or, with --check, to read; {NAME}"
     )
     parser.add_argument("--check", action="store_true", help="compare the record with the sources")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (pytest-xdist)")
     parser.add_argument(
         "tests", nargs="*", default=ALL_TESTS, help="files of tests; all by default"
     )
@@ -168,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         return check(options.output or common.RESULTS / NAME)
     try:
-        return record(options.tests, options.output)
+        return record(options.tests, options.jobs, options.output)
     except SparseCompileError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

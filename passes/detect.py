@@ -292,7 +292,7 @@ def _finished(way: _Way, product: voc.Contraction, anchor: Anchor) -> _Ahead:
     """The product with V, and behind it a division that was put off."""
     try:
         other, layout = product.layouts_from_operand(way.node, way.layout)
-    except (AxisMismatch, KeyError):
+    except AxisMismatch:
         raise Declined("layout", "the product with V has a layout that is not understood") from None
     v = product.right if way.node is product.left else product.left
     out, region, reason = product.node, (*way.region, product.node), way.reason
@@ -324,7 +324,7 @@ def _reaches_sum(
     if product is not None and node in (product.left, product.right):
         try:
             other, out = product.layouts_from_operand(node, layout)
-        except (AxisMismatch, KeyError):
+        except AxisMismatch:
             return False
         here = set(resolve(keys))
         return (

@@ -153,7 +153,7 @@ def _features(tensor: Tensor) -> Iterator[tuple[Axis, ...]]:
                 n_layers += 1
             elif node.op == "call_function":
                 before = _through_part(node, layout) or _through_elementwise(node, layout)
-        except (AxisMismatch, KeyError):  # no layout describes what is behind
+        except AxisMismatch:  # no layout describes what is behind
             return
         if before is None or n_layers == _LAYERS_BACK:
             return

@@ -111,7 +111,7 @@ def _with_later_writes(state: _State, reader: fx.Node) -> _State:
 def _finish(state: _State, product: voc.Contraction) -> ScorePath | None:
     try:
         left, right, summed = product.layouts_from_output(state.layout)
-    except (AxisMismatch, KeyError):
+    except AxisMismatch:
         return None
     keys = resolve(state.keys)
     in_left = [axis in axes_of(left) for axis in keys]

@@ -1,10 +1,9 @@
-"""The `AttentionSite` of what detection and proof found: values only, for plans and reports."""
+"""The `AttentionSite` of what was proven: values only, for plans and reports."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import sympy
 import torch
 from torch import fx
 
@@ -16,32 +15,20 @@ from sparse_compile.passes.mutation import mutated_arguments, storage_root
 from sparse_compile.passes.roles import index_map
 
 if TYPE_CHECKING:
-    from sparse_compile.passes.detect import Found
     from sparse_compile.passes.programs import OperandRef, Proven
     from sparse_compile.passes.shadow import Shadow
 
-_ONE = sympy.Integer(1)
-
 
 def site_of(
-    found: Found, name: str, source: str, shadow: Shadow, proven: Proven | None = None
+    place: ir.UnreadSite | ir.AttentionSite, proven: Proven, shadow: Shadow
 ) -> ir.AttentionSite:
-    """Describe a site; without a proof only its place and the reason for declining are known."""
-    value = found.anchor.meta.get("val")
-    dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
-    anchor = str(found.anchor.target)
-    if proven is None:
-        return ir.AttentionSite(
-            name=name, anchor=anchor, source=source, batch=_ONE, query_heads=_ONE, kv_heads=_ONE,
-            query_tokens=_ONE, key_tokens=_ONE, head_dim=_ONE, value_dim=_ONE, dtype=dtype,
-            scale=1.0, reason=found.reason,
-        )  # fmt: skip
+    """What was proven about the site at `place`."""
     roles, candidate = proven.roles, proven.candidate
     out = candidate.out.node.meta["val"]
     return ir.AttentionSite(
-        name=name,
-        anchor=anchor,
-        source=source,
+        name=place.name,
+        anchor=place.anchor,
+        source=place.source,
         batch=size_of(roles.batch),
         query_heads=size_of(roles.query_heads),
         kv_heads=size_of(roles.kv_heads),

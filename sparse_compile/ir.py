@@ -188,6 +188,18 @@ class ScoreProgram(msgspec.Struct, frozen=True, kw_only=True):
         return from_builtins(msgspec.json.decode(text), ScoreProgram)
 
 
+class UnreadSite(msgspec.Struct, frozen=True, kw_only=True):
+    """A softmax that looked like attention; nothing is proven about what it computes."""
+
+    name: str  # module path, made unique in its graph
+    anchor: str  # the operator that gave it away, e.g. "aten.softmax.int"
+    source: str  # file:line of the model's code
+    reason: Reason | None = None  # set: declined
+
+    def __str__(self) -> str:
+        return f"{self.name}: {f'declined, {self.reason}' if self.reason else 'not yet read'}"
+
+
 class AttentionSite(msgspec.Struct, frozen=True, kw_only=True):
     """One attention found in a graph; knows nothing about how it will run."""
 

@@ -47,7 +47,7 @@ class _Work:
     """One site on its way through the stages."""
 
     found: Found
-    site: ir.AttentionSite
+    site: ir.UnreadSite | ir.AttentionSite
     proven: Proven | None = None
     plan: ir.KernelPlan | None = None
     validation: str | None = None
@@ -189,7 +189,7 @@ def _run_one(
         shadow = build_shadow(gm, example_inputs)
     with clock.stage("detect"):
         found = find_candidates(shadow)
-    work = [_Work(f, _declined_site(f, shadow, names)) for f in found]
+    work = [_Work(f, _unread(f, shadow, names)) for f in found]
     evaluator = ElementEvaluator(
         shadow.constants,
         frozen_nodes(shadow.graph),
@@ -202,7 +202,8 @@ def _run_one(
         for item in work:
             if item.proven is not None:
                 device = item.proven.candidate.out.node.meta["val"].device
-                item.plan = plan(item.proven, device=device, training=item.site.training)
+                training = item.proven.candidate.out.node in shadow.differentiable
+                item.plan = plan(item.proven, device=device, training=training)
     for item in work:
         if item.site.name in refused:
             item.validation = refused[item.site.name]
@@ -238,9 +239,14 @@ def _one_per_softmax(work: Sequence[_Work]) -> Iterator[_Work]:
         yield next((item for item in items if item.site.reason is not None), items[0])
 
 
-def _declined_site(found: Found, shadow: Shadow, names: UniqueNames) -> ir.AttentionSite:
+def _unread(found: Found, shadow: Shadow, names: UniqueNames) -> ir.UnreadSite:
     owner = shadow.owner(found.anchor)
-    return site_of(found, names(owner), source_line(owner), shadow)
+    return ir.UnreadSite(
+        name=names(owner),
+        anchor=str(found.anchor.target),
+        source=source_line(owner),
+        reason=found.reason,
+    )
 
 
 def _prove(item: _Work, evaluator: ElementEvaluator, shadow: Shadow) -> None:
@@ -256,7 +262,7 @@ def _prove(item: _Work, evaluator: ElementEvaluator, shadow: Shadow) -> None:
         message = f"the proof failed with {type(error).__name__}: {error}"
         item.decline(ir.Reason(code="internal-error", message=message))
         return
-    item.site = site_of(item.found, item.site.name, item.site.source, shadow, item.proven)
+    item.site = site_of(item.site, item.proven, shadow)
 
 
 def _validated(jobs: Sequence[_Work], shadow: Shadow) -> Iterator[tuple[str, str]]:

@@ -168,7 +168,7 @@ def test_only_files_with_the_marker_are_collected(tmp_path, monkeypatch):
 def test_pytest_that_writes_no_results_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "PYTEST", ("-c", "raise SystemExit(4)"))
     with pytest.raises(SparseCompileError, match="exit code 4"):
-        gpu_check.run_tests(["tests"])
+        gpu_check.run_tests(["tests"], 1)
 
 
 def test_it_is_a_program():

@@ -44,6 +44,7 @@ from sparse_compile.inspect.samples import (
     operand,
     sample_report,
     sample_site,
+    unread_site,
 )
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -247,7 +248,7 @@ class TestPage:
         page = words(html.render(sample_report()))
         for site in sample_report().sites:
             assert site.name in page
-            assert site.mask in page
+            assert (site.mask or "") in page
 
     def test_problems_come_first(self):
         page = words(html.render(sample_report()))
@@ -329,8 +330,11 @@ class TestPage:
         assert "strange" in page
 
     def test_declined_before_the_mask_was_read_shows_no_mask(self):
-        site = sample_site("attn", reason=ir.Reason(code="not-convex", message="a loop"))
-        assert "svg" not in shown(SiteReport.from_site(site, None))
+        site = unread_site("attn", "not-convex")
+        page = shown(SiteReport.from_site(site, None))
+        assert "svg" not in page
+        for fact in ("heads", "tokens", "scale", "KV source", "dense", "Scores, in order"):
+            assert fact not in words(page), fact
 
     def test_a_report_without_records_is_shown(self):
         site = SiteReport(

@@ -24,6 +24,7 @@ from sparse_compile.inspect.samples import (
     operand,
     sample_report,
     sample_site,
+    unread_site,
 )
 
 
@@ -58,6 +59,21 @@ class TestSiteReport:
         report = SiteReport.from_site(sample_site("layer"), None)
         assert (report.status, report.reason_code) == ("declined", "no-plan")
 
+    def test_nothing_is_said_that_was_not_proven(self):
+        report = SiteReport.from_site(unread_site("layer", "weights-escape"), None)
+        assert (report.status, report.reason_code) == ("declined", "weights-escape")
+        facts = (report.mask, report.scale, report.kv_source, report.site)
+        sizes = (report.query_heads, report.kv_heads, report.group)
+        tokens = (report.query_tokens, report.key_tokens, report.head_dim)
+        assert {*facts, *sizes, *tokens} == {None}
+        (row,) = json.loads(one_graph(report).to_json())["graphs"][0]["sites"]
+        assert (row["mask"], row["query_heads"], row["scale"]) == (None, None, None)
+        assert Report.from_json(one_graph(report).to_json()) == one_graph(report)
+        for width in (80, 200):
+            shown = text.render(one_graph(report), width=width)
+            assert "dense" not in shown
+            assert "1/1" not in shown
+
     def test_symbolic_sizes_are_text(self):
         tokens = sympy.Symbol("s7", integer=True, positive=True)
         report = planned("layer", query_tokens=tokens, query_heads=2 * tokens)
@@ -80,10 +96,11 @@ class TestSiteReport:
 class TestReport:
     def test_sites_of_all_graphs_by_status(self):
         report = sample_report()
-        assert len(report.sites) == 50
+        assert len(report.sites) == 51
         assert [site.name for site in report.declined] == [
             "t5.block.0.layer.0.SelfAttention",
             "t5.block.1.layer.0.SelfAttention",
+            "router.gate",
         ]
         assert len(report.rewritten) + len(report.declined) == len(report.sites)
         assert [site.name for site in report.failed_validations] == ["vit.blocks.0.attn"]
@@ -134,7 +151,7 @@ class TestText:
             assert fact in shown
         for word in ("weights-escape", "returned", "materialised", "soft_cap(50)", "16/16"):
             assert word in shown
-        assert "50 sites, 48 rewritten, 2 declined" in shown
+        assert "51 sites, 48 rewritten, 3 declined" in shown
 
     def test_one_line_a_site_when_there_is_room(self):
         lines = text.render(one_graph(planned("a.attn", CAUSAL)), width=220).splitlines()

@@ -125,7 +125,7 @@ def _overview(folds: Sequence[Fold]) -> str:
         f"<tr><td>{html_site.link(piece)}</td>"
         f'<td class="nowrap">{escape(text.heads_text(piece.site))}</td>'
         f'<td class="nowrap">{escape(text.tokens_text(piece.site)).replace(" x ", _BY)}</td>'
-        f"<td>{escape(piece.site.mask)}</td><td>{html_site.status(piece.site)}</td></tr>"
+        f"<td>{escape(text.mask_text(piece.site))}</td><td>{html_site.status(piece.site)}</td></tr>"
         for piece in folds
     )
     return (

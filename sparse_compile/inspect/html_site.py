@@ -58,7 +58,7 @@ def article(piece: Fold, *, is_open: bool) -> str:
     site = piece.site
     parts = [
         f'<div class="lead">{_masks(site)}{_facts(site, len(piece.sites))}</div>',
-        _chain(site),
+        *([] if site.scale is None else [_chain(site)]),
     ]
     if site.site:
         parts += [_proof(site.site), _maps(site.site)]
@@ -66,7 +66,7 @@ def article(piece: Fold, *, is_open: bool) -> str:
     return (
         f'<details class="site" id="{anchor(piece)}"{" open" if is_open else ""}><summary>'
         f'<span class="title">{_title(piece)}</span>'
-        f'<span class="gist">{escape(site.mask)}</span>{status(site)}</summary>'
+        f'<span class="gist">{escape(site.mask or "")}</span>{status(site)}</summary>'
         f'<div class="body">{"".join(parts)}</div></details>'
     )
 
@@ -78,7 +78,7 @@ def _title(piece: Fold) -> str:
 
 def _masks(site: SiteReport) -> str:
     record = site.site
-    if record is None or (site.status == "declined" and record.mask.is_dense):
+    if record is None:
         return ""
     try:
         pictures = grids(record)
@@ -113,15 +113,19 @@ def _facts(site: SiteReport, n_alike: int) -> str:
         facts["reason"] = f"{escape(str(site.reason))}"
     if site.why:
         facts["planner"] = escape(site.why)
-    facts["heads"] = escape(f"{site.query_heads} query, {site.kv_heads} KV, group {site.group}")
+    if site.query_heads is not None:
+        heads = f"{site.query_heads} query, {site.kv_heads} KV, group {site.group}"
+        facts["heads"] = escape(heads)
     if record:
         facts["tokens"] = escape(f"{site.query_tokens} query, {site.key_tokens} key")
         facts["batch"] = escape(str(record.batch))
         facts["head size"] = escape(f"{record.head_dim}, values {record.value_dim}")
         facts["dtype"] = escape(f"{record.dtype}, softmax {record.softmax_dtype or record.dtype}")
         facts["empty rows"] = escape(_EMPTY_ROWS[record.empty_rows])
-    facts["scale"] = f"{site.scale:.9g}"
-    facts["KV source"] = escape(site.kv_source.replace("_", " "))
+    if site.scale is not None:
+        facts["scale"] = f"{site.scale:.9g}"
+    if site.kv_source is not None:
+        facts["KV source"] = escape(site.kv_source.replace("_", " "))
     if site.validation is not None:
         kind = "bad" if site.failed_validation else "good"
         facts["validation"] = f'<span class="badge {kind}">{escape(site.validation)}</span>'

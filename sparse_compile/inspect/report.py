@@ -66,18 +66,19 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     reason_code: str | None = None
     reason: str | None = None
-    mask: str
-    query_heads: int | str  # a string where the size is symbolic
-    kv_heads: int | str
-    group: int | str
-    scale: float
+    # what the site computes; None where it was declined before that was proven
+    mask: str | None = None
+    query_heads: int | str | None = None  # a string where the size is symbolic
+    kv_heads: int | str | None = None
+    group: int | str | None = None
+    scale: float | None = None
     score_transforms: tuple[str, ...] = ()  # in the order they are applied
-    kv_source: str = "contiguous"
+    kv_source: str | None = None
     kernel: str | None = None
     loop_order: str | None = None
     why: str | None = None  # the planner's words
     source: str = ""  # file:line of the model's code
-    site: ir.AttentionSite | None = None
+    site: ir.AttentionSite | None = None  # all that is proven
     before: GraphSlice = GraphSlice()
     after: GraphSlice = GraphSlice()
     validation: str | None = None  # None: not run; "passed: ..." or "failed: ..."
@@ -85,7 +86,7 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def from_site(
         cls,
-        site: ir.AttentionSite,
+        site: ir.AttentionSite | ir.UnreadSite,
         plan: ir.KernelPlan | None,
         *,
         before: GraphSlice = GraphSlice(),  # noqa: B008 - frozen
@@ -95,11 +96,24 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
         """The report of a site: declined if it has a reason or no plan, else rewritten."""
         reason = site.reason or (_NO_PLAN if plan is None else None)
         kept = plan if reason is None else None
-        return cls(
+        outcome = cls(
             name=site.name,
             status="declined" if reason else "rewritten",
             reason_code=reason.code if reason else None,
             reason=reason.message if reason else None,
+            kernel=kept.kernel if kept else None,
+            loop_order=(kept.loop_order or None) if kept else None,
+            why=kept.why if kept else None,
+            source=site.source,
+            before=before,
+            after=after,
+            validation=validation,
+        )
+        if isinstance(site, ir.UnreadSite):
+            return outcome
+        return msgspec.structs.replace(
+            outcome,
+            site=site,
             mask=_named(str(site.mask), site.operands),
             query_heads=size(site.query_heads),
             kv_heads=size(site.kv_heads),
@@ -107,29 +121,21 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
             scale=float(site.scale),
             score_transforms=tuple(str(transform) for transform in site.transforms),
             kv_source=site.kv_source,
-            kernel=kept.kernel if kept else None,
-            loop_order=(kept.loop_order or None) if kept else None,
-            why=kept.why if kept else None,
-            source=site.source,
-            site=site,
-            before=before,
-            after=after,
-            validation=validation,
         )
 
     @property
     def query_tokens(self) -> int | str | None:
-        """Query tokens of each sequence; None without the site's record."""
+        """Query tokens of each sequence; None where not proven."""
         return size(self.site.query_tokens) if self.site else None
 
     @property
     def key_tokens(self) -> int | str | None:
-        """Key tokens of each sequence; None without the site's record."""
+        """Key tokens of each sequence; None where not proven."""
         return size(self.site.key_tokens) if self.site else None
 
     @property
     def head_dim(self) -> int | str | None:
-        """Size of one head of Q and K; None without the site's record."""
+        """Size of one head of Q and K; None where not proven."""
         return size(self.site.head_dim) if self.site else None
 
     @property

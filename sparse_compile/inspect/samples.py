@@ -76,6 +76,14 @@ def sample_site(name: str, *atoms: ir.MaskAtom, **changes: Any) -> ir.AttentionS
     return ir.AttentionSite(name=name, **fields)
 
 
+def unread_site(name: str, code: str) -> ir.UnreadSite:
+    """A site that was declined before anything was proven about it."""
+    reason = ir.Reason(code=code, message="the attention weights are returned from the graph")
+    return ir.UnreadSite(
+        name=name, anchor="aten.softmax.int", source=f"{__file__}:1", reason=reason
+    )
+
+
 def operand(name: str, *shape: str, dtype: str = "int64") -> ir.Operand:
     """A tensor that a formula loads from."""
     return ir.Operand(name=name, shape=shape, dtype=dtype)
@@ -214,4 +222,5 @@ def _others() -> tuple[SiteReport, ...]:
         *(SiteReport.from_site(site, SDPA, before=BEFORE, after=AFTER) for site in sites),
         SiteReport.from_site(wrong, SDPA, validation="failed: max error 3e-2 at [0, 1, 5, 7]"),
         *(SiteReport.from_site(site, None, before=BEFORE) for site in declined),
+        SiteReport.from_site(unread_site("router.gate", "weights-escape"), None),
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_compile.inspect.report import Report, SiteReport
 
 WIDE = 150  # columns from which every fact of a site fits into one row
+UNKNOWN = "-"  # a fact that was not proven
 
 
 def render(report: Report, *, width: int | None = None, expand: bool = False) -> str:
@@ -89,17 +90,26 @@ def duration(ms: float) -> str:
 
 
 def heads_text(site: SiteReport) -> str:
-    """Query heads / KV heads and the group, e.g. `32/8 x4`."""
+    """Query heads / KV heads and the group, e.g. `32/8 x4`; `-` where not proven."""
+    if site.query_heads is None:
+        return UNKNOWN
     return f"{site.query_heads}/{site.kv_heads} x{site.group}"
 
 
 def tokens_text(site: SiteReport) -> str:
-    """Query tokens by key tokens, e.g. `1 x 4096`."""
-    return f"{site.query_tokens} x {site.key_tokens}" if site.site else ""
+    """Query tokens by key tokens, e.g. `1 x 4096`; `-` where not proven."""
+    return f"{site.query_tokens} x {site.key_tokens}" if site.site else UNKNOWN
+
+
+def mask_text(site: SiteReport) -> str:
+    """The proven mask, e.g. `causal & window(left=512)`; `-` where not proven."""
+    return UNKNOWN if site.mask is None else site.mask
 
 
 def transforms_text(site: SiteReport) -> str:
-    """The score transforms in order, the scale among them."""
+    """The score transforms in order, the scale among them; `-` where not proven."""
+    if site.scale is None:
+        return UNKNOWN
     if site.site:
         steps = tuple(transform_text(step, site.site.operands) for step in site.site.transforms)
     else:
@@ -110,7 +120,7 @@ def transforms_text(site: SiteReport) -> str:
 def scale_texts(site: SiteReport) -> tuple[str, ...]:
     """The scale, unless the transforms hold it or it is 1."""
     is_listed = any(step.startswith("scale(") for step in site.score_transforms)
-    return () if is_listed or site.scale == 1 else (f"scale({site.scale:.6g})",)
+    return () if is_listed or site.scale in (1, None) else (f"scale({site.scale:.6g})",)
 
 
 def why_text(site: SiteReport) -> str:
@@ -162,7 +172,7 @@ def _rows(folds: tuple[Fold, ...]) -> Table:
             Text(piece.label, "bold"),
             heads_text(site),
             tokens_text(site),
-            Text(site.mask.replace(" & ", "\n& ")),
+            Text(mask_text(site).replace(" & ", "\n& ")),
             Text(transforms_text(site).replace(", ", "\n")),
             _kernel(site, between="\n"),
             Text(why_text(site)),
@@ -202,7 +212,7 @@ def _cards(folds: tuple[Fold, ...], width: int) -> Iterator[RenderableType]:
         details = Table.grid(padding=(0, 1))
         details.add_column(style="dim", no_wrap=True)
         details.add_column(overflow="fold")
-        details.add_row("mask", Text(piece.site.mask))
+        details.add_row("mask", Text(mask_text(piece.site)))
         details.add_row("score", Text(transforms_text(piece.site)))
         details.add_row("why", Text(why_text(piece.site)))
         details.add_row("source", Text(source_text(piece.site.source), "dim"))
