@@ -4,6 +4,7 @@
 |---|---|---|
 | `SPARSE_COMPILE_CONFIG` | TOML file with default options | none |
 | `SPARSE_COMPILE_CACHE_DIR` | folder of converted weights and tuning results | the user's cache folder |
+| `SPARSE_COMPILE_CHECK_VALUES` | 1: operators check values on CUDA too, which waits for the device | 0 |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sparse_compile.errors import ConfigError
 
 CONFIG_VARIABLE = "SPARSE_COMPILE_CONFIG"
 CACHE_VARIABLE = "SPARSE_COMPILE_CACHE_DIR"
+CHECK_VARIABLE = "SPARSE_COMPILE_CHECK_VALUES"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     config_file: Path | None  # of default options
     cache_dir: Path  # may not exist yet
+    check_values: bool  # of tensors on CUDA that are given to operators
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
@@ -37,7 +40,11 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         ConfigError: A variable has a value that cannot be used.
     """
     environ = os.environ if environ is None else environ
-    return Settings(config_file=_config_file(environ), cache_dir=_cache_dir(environ))
+    return Settings(
+        config_file=_config_file(environ),
+        cache_dir=_cache_dir(environ),
+        check_values=_check_values(environ),
+    )
 
 
 def _config_file(environ: Mapping[str, str]) -> Path | None:
@@ -68,3 +75,14 @@ def _cache_dir(environ: Mapping[str, str]) -> Path:
             "  Correct the path, or unset the variable to use the default folder."
         )
     return path
+
+
+def _check_values(environ: Mapping[str, str]) -> bool:
+    value = environ.get(CHECK_VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise ConfigError(
+            f'the environment variable {CHECK_VARIABLE} is "{value}".\n'
+            "  Expected 0 or 1.\n"
+            "  Correct it, or unset it."
+        )
+    return value == "1"

@@ -1,5 +1,6 @@
 """What every test gets: one seed, a fresh Dynamo, none of the user's settings."""
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 SEED = 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU, Triton interprets the kernels; it decides so when they are imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

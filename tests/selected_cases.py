@@ -1,0 +1,132 @@
+"""Sizes, inputs and natural errors of selected attention, for its tests on the CPU and the GPU."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from sparse_compile.kernels.selected_attention import selected_attention_ref
+from sparse_compile.testing import random_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Sizes and options of one attention."""
+
+    batch: int = 1
+    heads: int = 1
+    group: int = 2
+    queries: int = 37
+    keys: int = 37
+    dim: int = 16
+    value_dim: int = 16
+    slots: int = 3
+    block: int = 16
+    causal: bool = True
+    lengths: tuple[int, ...] = ()  # of packed sequences
+    layout: str = "contiguous"
+    scale: float = 0.25
+    std: float = 1.0
+
+    def cu_seqlens(self, device: torch.device) -> Tensor | None:
+        if not self.lengths:
+            return None
+        bounds = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return bounds.to(device)
+
+    def inputs(self, grad: bool = False) -> list[Tensor]:
+        """q, k, v and a selection, in float32 on the CPU."""
+        heads = (self.group * self.heads, self.heads, self.heads)
+        tokens = (self.queries, self.keys, self.keys)
+        dims = (self.dim, self.dim, self.value_dim)
+        made = [
+            random_heads(self.batch, h, t, d, layout=self.layout).mul_(self.std)
+            for h, t, d in zip(heads, tokens, dims, strict=True)
+        ]
+        return [*(x.requires_grad_(grad) for x in made), self.selection()]
+
+    def selection(self) -> Tensor:
+        """Random ascending lists of any length, with KV blocks behind the token among them."""
+        longest = max(self.lengths) if self.lengths else self.keys
+        n_blocks = -(-longest // self.block)
+        shape = (self.batch, self.heads, self.queries)
+        order = torch.rand(*shape, n_blocks).argsort(-1)[..., : self.slots]
+        order = torch.nn.functional.pad(order, (0, self.slots - order.shape[-1]), value=n_blocks)
+        drop = torch.rand(order.shape) < 0.2
+        lists = order.masked_fill(drop, n_blocks).sort(-1).values
+        return lists.masked_fill(lists == n_blocks, -1).int()
+
+    def arguments(self, device: torch.device) -> tuple[int, float, bool, Tensor | None]:
+        """What follows the inputs in calls of the operator."""
+        return self.block, self.scale, self.causal, self.cu_seqlens(device)
+
+
+CASES = {
+    "plain": Case(),
+    "groups-of-3": Case(group=3, heads=2, batch=2),
+    "groups-of-5": Case(group=5, queries=21, keys=21),
+    "one-head": Case(group=1, heads=3),
+    "chunked-prefill": Case(queries=19, keys=83),
+    "decode": Case(queries=1, keys=130, slots=5),
+    "more-queries-than-keys": Case(queries=50, keys=23),
+    "not-causal": Case(causal=False, keys=41),
+    "dims-80-48": Case(dim=80, value_dim=48),
+    "dims-192-128": Case(dim=192, value_dim=128, queries=18, keys=18),
+    "block-32": Case(block=32, keys=70, queries=70),
+    "block-128": Case(block=128, queries=40, keys=290, slots=3),
+    "packed": Case(lengths=(5, 16, 1, 15), slots=2),
+    "packed-ragged": Case(lengths=(33, 4), heads=2, group=3),
+    "token-major": Case(layout="token_major", heads=2),
+    "padded-views": Case(layout="padded", heads=2),
+    "one-slot": Case(slots=1),
+    "more-slots-than-blocks": Case(slots=7),
+    "large-logits": Case(scale=1.0, std=3.0),
+}
+
+
+def reference(case: Case, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return selected_attention_ref(*inputs, *case.arguments(inputs[0].device))
+
+
+def natural_outputs(case: Case, inputs: list[Tensor], truth: Tensor) -> list[Tensor]:
+    """The output as the reference rounds it and, for 16 bits, off by a rounding of the weights."""
+    v = inputs[2].double()
+    rough = reference(case, inputs)[0]
+    step = torch.finfo(v.dtype if rough.dtype == torch.float32 else rough.dtype).eps
+    return [rough, truth + v.abs().max() * step / 2]
+
+
+def gradients(
+    out: Tensor, lse: Tensor, inputs: list[Tensor], weights: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of q, k and v where those of the output and the log-sum-exp are `weights`."""
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    total = (out.to(lse.dtype) * weights[0]).sum() + (lse * weights[1]).sum()
+    return list(torch.autograd.grad(total, inputs[:3]))
+
+
+def recomputed(case: Case, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Gradients from the output and the log-sum-exp, each off by one step, in powers of two.
+
+    These two are all that a backward without a [T, S] matrix has, so their rounding is natural, as
+    is that of the weights and their gradients where matrix units multiply them.
+    """
+    q, k, v, selection = inputs
+    out, lse = (
+        x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x).sign())
+        for x in reference(case, inputs)
+    )
+    one_hot = torch.eye(case.keys, device=q.device).expand(*v.shape[:2], -1, -1)
+    flat = torch.zeros_like(q, dtype=torch.float32)
+    arguments = case.arguments(q.device)
+    reads = selected_attention_ref(flat, k.float(), one_hot, selection, *arguments)[0] != 0
+    wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
+    many_k, many_v = (x.repeat_interleave(case.group, dim=1) for x in (wide_k, wide_v))
+    scores = (wide_q @ many_k.mT * case.scale - lse[..., None]) * 1.4426950408889634
+    shares = torch.where(reads, torch.exp2(scores), 0.0)
+    delta = (weights[0] * out).sum(-1) - weights[1].masked_fill(lse == -torch.inf, 0.0)
+    inner = shares * (weights[0] @ many_v.mT - delta[..., None]) * case.scale
+    shares, inner = (x.to(q.dtype).float() for x in (shares, inner))
+    of_heads = [inner.mT @ wide_q, shares.mT @ weights[0]]
+    found = [inner @ many_k, *(x.unflatten(1, (case.heads, -1)).sum(2) for x in of_heads)]
+    return [x.to(q.dtype) for x in found]
