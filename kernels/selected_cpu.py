@@ -43,7 +43,7 @@ def backward(
     by_group, grads, lse, delta = (
         x.unflatten(1, (heads, -1)).to(acc) for x in (q, grad_out, lse, delta)
     )
-    dq = torch.empty_like(by_group)
+    dq = torch.empty(by_group.shape, dtype=acc)
     dk, dv = (torch.zeros(x.shape, dtype=acc) for x in (k, v))
     for tokens, keys, keep in _tiles(q, k, v, block_indices, cu_seqlens, block_size, causal):
         some_q, some_k, grad = (

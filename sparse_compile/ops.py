@@ -10,17 +10,22 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from sparse_compile import settings
 from sparse_compile.errors import OperatorError
+from sparse_compile.kernels import checks, key_ranges
+from sparse_compile.kernels import range_attention as _range  # noqa: F401 (registers it)
+from sparse_compile.kernels import select_top_k as _select  # noqa: F401
 from sparse_compile.kernels import selected_attention as _selected
 
 LoopOrder = Literal["query_major", "kv_major"]
-BLOCK_SIZES = (16, 32, 64, 128)
-MAX_SLOTS = 64
-MAX_HEAD_DIM = 256
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-__all__ = ["LoopOrder", "selected_attention"]
+__all__ = [
+    "LoopOrder",
+    "compressed_attention",
+    "native_sparse_attention",
+    "select_top_k",
+    "selected_attention",
+    "window_attention",
+]
 
 
 @overload
@@ -74,24 +79,224 @@ def selected_attention(
         Yuan et al., "Native Sparse Attention" (2025), equations 11 and 12; loop orders of NSA and
         of FSA (Yan et al., "Flash Sparse Attention", 2025).
     """
-    _check_heads(q, k, v)
-    _check_block_size(block_size)
-    _check_selection(q, k, block_indices)
+    checks.check_heads(q, k, v)
+    checks.check_block_size(block_size)
+    checks.check_selection(q, k, block_indices)
     if cu_seqlens is not None:
-        _check_packing(q, k, cu_seqlens)
+        checks.check_packing(q, k, cu_seqlens)
     if loop_order is None:
         loop_order = _choose_loop_order(q, k, v, block_indices, block_size)
     elif loop_order not in _selected.LOOP_ORDERS:
         raise OperatorError(
             f'loop_order is "{loop_order}". Expected {" or ".join(_selected.LOOP_ORDERS)}, or None.'
         )
-    if _may_look(block_indices):
-        _check_indices(block_indices, k.shape[2], block_size, cu_seqlens)
+    if checks.may_look(block_indices):
+        checks.check_indices(block_indices, k.shape[2], block_size, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out, lse = torch.ops.sparse_compile.selected_attention(
         q, k, v, block_indices, block_size, scale, causal, cu_seqlens, loop_order
     )
     return (out, lse) if return_lse else out
+
+
+def compressed_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, block: int = 32, stride: int = 16,
+    scale: float | None = None, n_keys: int | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention to compressed keys and values, each of which stands for a run of tokens.
+
+    Compressed key `c` stands for the keys from `c * stride` to `c * stride + block - 1`; a query
+    reads those that end at its own position or before. Differentiable.
+
+    Args:
+        q: Queries, [B, Hq, T, D].
+        k_cmp: Compressed keys, [B, Hkv, C, D]; those of packed sequences behind each other.
+        v_cmp: Compressed values, [B, Hkv, C, Dv].
+        block: Tokens that a compressed key stands for, a multiple of `stride`.
+        stride: Tokens from one to the next.
+        scale: Multiplies the scores; `D ** -0.5` if left out.
+        n_keys: S, how many keys were compressed; T if left out.
+        cu_seqlens: Starts of packed sequences and the end of the last, [n + 1] int32.
+
+    Returns:
+        The output, [B, Hq, T, Dv] in the dtype of `q`, and the natural log-sum-exp of the scores,
+        [B, Hq, T] float32; 0 and -inf for a query with nothing to read.
+
+    Raises:
+        OperatorError: An argument has a wrong shape, dtype or device.
+
+    Source:
+        Yuan et al., "Native Sparse Attention" (2025), equations 7 and 8.
+    """
+    checks.check_heads(q, k_cmp, v_cmp, ("q", "k_cmp", "v_cmp"))
+    where = _compressed_tokens(q, k_cmp, block, stride, n_keys, cu_seqlens)
+    return _in_ranges(q, k_cmp, v_cmp, key_ranges.compressed(where, block, stride), scale)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of every query to the `window` keys up to its own position; differentiable.
+
+    Args:
+        q: Queries, [B, Hq, T, D]. Query `t` sits at key position `t + S - T`.
+        k: Keys, [B, Hkv, S, D].
+        v: Values, [B, Hkv, S, Dv].
+        window: How many keys a query reads, its own among them.
+        scale: Multiplies the scores; `D ** -0.5` if left out.
+        cu_seqlens: Starts of packed sequences and the end of the last, [n + 1] int32.
+
+    Returns:
+        The output, [B, Hq, T, Dv] in the dtype of `q`, and the natural log-sum-exp of the scores,
+        [B, Hq, T] float32; 0 and -inf for a query with no key to read.
+
+    Raises:
+        OperatorError: An argument has a wrong shape, dtype or device, or `window` is below 1.
+    """
+    checks.check_heads(q, k, v)
+    if cu_seqlens is not None:
+        checks.check_packing(q, k, cu_seqlens)
+    if window < 1:
+        raise OperatorError(f"window is {window}. Expected at least 1.")
+    where = key_ranges.tokens(q.shape[2], k.shape[2], cu_seqlens, q.device)
+    return _in_ranges(q, k, v, key_ranges.window(where, window), scale)
+
+
+def select_top_k(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, *, k: int = 16, block_size: int = 64, block: int = 32,
+    stride: int = 16, sinks: int = 1, local: int = 2, scale: float | None = None,
+    n_keys: int | None = None, cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Choose the KV blocks that each query token reads, by its attention to compressed keys.
+
+    The weights of all heads of a group are added; each compressed key counts for a KV block as
+    often as the two share a run of `stride` tokens (1, 2, 2, 2, 1 times for 32, 16 and 64). No
+    gradient goes through the choice.
+
+    Args:
+        q: Queries, [B, Hq, T, D].
+        k_cmp: Compressed keys, [B, Hkv, C, D].
+        lse: Log-sum-exps that `compressed_attention` gave for them, [B, Hq, T] float32.
+        k: How many KV blocks to choose, at most 64.
+        block_size: Keys in a KV block: 16, 32, 64 or 128, a multiple of `stride`.
+        block: Tokens that a compressed key stands for.
+        stride: Tokens from one compressed key to the next.
+        sinks: How many KV blocks at the start are always among the chosen.
+        local: How many KV blocks up to the token's own are always among the chosen.
+        scale: As given to `compressed_attention`.
+        n_keys: S; T if left out.
+        cu_seqlens: Starts of packed sequences and the end of the last, [n + 1] int32.
+
+    Returns:
+        KV blocks, ascending, -1 padded on the right where a token has fewer: [B, Hkv, T, k] int32.
+
+    Raises:
+        OperatorError: An argument has a wrong shape, dtype, device or value.
+
+    Source:
+        Yuan et al., "Native Sparse Attention" (2025), equations 9 to 12.
+    """
+    checks.check_heads(q, k_cmp, k_cmp, ("q", "k_cmp", "k_cmp"))
+    checks.check_block_size(block_size)
+    _compressed_tokens(q, k_cmp, block, stride, n_keys, cu_seqlens)
+    if block_size % stride:
+        raise OperatorError(
+            f"block_size is {block_size}. Expected a multiple of the stride, {stride}."
+        )
+    if not 1 <= k <= checks.MAX_SLOTS:
+        raise OperatorError(f"k is {k}. Expected 1 to {checks.MAX_SLOTS}.")
+    if sinks < 0 or local < 0 or sinks + local > k:
+        raise OperatorError(
+            f"sinks is {sinks} and local {local}. Expected at most k together, which is {k}."
+        )
+    if tuple(lse.shape) != tuple(q.shape[:3]) or lse.device != q.device:
+        raise OperatorError(
+            f"lse has shape {tuple(lse.shape)} on {lse.device}. Expected {tuple(q.shape[:3])} on "
+            f"{q.device}."
+        )
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    n_keys = q.shape[2] if n_keys is None else n_keys
+    return torch.ops.sparse_compile.select_top_k(
+        q.detach(), k_cmp.detach(), lse.detach(), k, block_size, block, stride, sinks, local, scale,
+        n_keys, cu_seqlens,
+    )  # fmt: skip
+
+
+def native_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor, *,
+    n_selected: int = 16, window: int = 512, block_size: int = 64, block: int = 32,
+    stride: int = 16, sinks: int = 1, local: int = 2, scale: float | None = None,
+    cu_seqlens: Tensor | None = None, loop_order: LoopOrder | None = None,
+) -> Tensor:  # fmt: skip
+    """The core of Native Sparse Attention: three branches, each times its gate; differentiable.
+
+    Args:
+        q: Queries, [B, Hq, T, D].
+        k: Keys, [B, Hkv, T, D].
+        v: Values, [B, Hkv, T, Dv].
+        k_cmp: Compressed keys, [B, Hkv, C, D].
+        v_cmp: Compressed values, [B, Hkv, C, Dv].
+        gates: Factors of compressed, selected and window attention, [B, Hq, T, 3].
+        n_selected: KV blocks that a token selects.
+        window: Keys of the window.
+        block_size: Keys in a KV block.
+        block: Tokens that a compressed key stands for.
+        stride: Tokens from one compressed key to the next.
+        sinks: KV blocks at the start that are always selected.
+        local: KV blocks up to the token's own that are always selected.
+        scale: Multiplies the scores; `D ** -0.5` if left out.
+        cu_seqlens: Starts of packed sequences and the end of the last, [n + 1] int32.
+        loop_order: Of the selected attention.
+
+    Returns:
+        The sum of the branches, [B, Hq, T, Dv] in the dtype of `q`.
+
+    Raises:
+        OperatorError: An argument has a wrong shape, dtype, device or value.
+
+    Source:
+        Yuan et al., "Native Sparse Attention" (2025), equation 5.
+    """
+    if tuple(gates.shape) != (*q.shape[:3], 3):
+        raise OperatorError(
+            f"gates has shape {tuple(gates.shape)}. Expected {(*q.shape[:3], 3)}: one factor for "
+            "each of compressed, selected and window attention."
+        )
+    compressed, lse = compressed_attention(
+        q, k_cmp, v_cmp, block=block, stride=stride, scale=scale, cu_seqlens=cu_seqlens
+    )
+    chosen = select_top_k(
+        q, k_cmp, lse, k=n_selected, block_size=block_size, block=block, stride=stride,
+        sinks=sinks, local=local, scale=scale, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    selected = selected_attention(
+        q, k, v, chosen, block_size=block_size, scale=scale, cu_seqlens=cu_seqlens,
+        loop_order=loop_order,
+    )  # fmt: skip
+    near, _ = window_attention(q, k, v, window=window, scale=scale, cu_seqlens=cu_seqlens)
+    branches = (compressed, selected, near)
+    terms = [gate * out for gate, out in zip(gates.split(1, dim=-1), branches, strict=True)]
+    return (terms[0] + terms[1] + terms[2]).to(q.dtype)
+
+
+def _compressed_tokens(
+    q: Tensor, k_cmp: Tensor, block: int, stride: int, n_keys: int | None,
+    cu_seqlens: Tensor | None,
+) -> key_ranges.Tokens:  # fmt: skip
+    n_keys = q.shape[2] if n_keys is None else n_keys
+    if cu_seqlens is not None:
+        checks.check_packing(q, q, cu_seqlens)
+    checks.check_compression(k_cmp, q.shape[2], n_keys, block, stride, cu_seqlens)
+    return key_ranges.tokens(q.shape[2], n_keys, cu_seqlens, q.device)
+
+
+def _in_ranges(
+    q: Tensor, k: Tensor, v: Tensor, ranges: tuple[Tensor, Tensor], scale: float | None
+) -> tuple[Tensor, Tensor]:
+    first, end = (x.int() for x in ranges)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return torch.ops.sparse_compile.range_attention(q, k, v, first, end, scale)
 
 
 def _choose_loop_order(
@@ -107,119 +312,3 @@ def _choose_loop_order(
     partials = heads * group * n_slots * (q.shape[3] / 2.5 + 2 * v.shape[3])
     n_full = q.shape[2] * n_slots * group >= 16 * -(-k.shape[2] // block_size)
     return "kv_major" if n_full and partials < keys else "query_major"
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise OperatorError(
-                f"{name} has shape {tuple(tensor.shape)}. Expected four axes: batch, heads, tokens, "
-                "head size."
-            )
-        allowed = (*_DTYPES, torch.float64) if tensor.device.type == "cpu" else _DTYPES
-        if tensor.dtype not in allowed or tensor.dtype != q.dtype:
-            raise OperatorError(
-                f"{name} is {tensor.dtype}. Expected float16, bfloat16 or float32 (float64 on the "
-                f"CPU), the same for q, k and v (q is {q.dtype})."
-            )
-        if tensor.device != q.device:
-            raise OperatorError(f"{name} is on {tensor.device}. Expected {q.device}, as q.")
-        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
-            raise OperatorError(
-                f"{name} has head size {tensor.shape[3]}. Expected 1 to {MAX_HEAD_DIM}."
-            )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[1] == 0:
-        raise OperatorError(
-            f"k has shape {tuple(k.shape)}. Expected [{q.shape[0]}, Hkv, S, {q.shape[3]}], to fit "
-            f"q of shape {tuple(q.shape)}."
-        )
-    if q.shape[1] % k.shape[1] or q.shape[1] == 0:
-        raise OperatorError(
-            f"k has {k.shape[1]} heads. Expected a number that divides the {q.shape[1]} heads of q."
-        )
-    if v.shape[:3] != k.shape[:3]:
-        raise OperatorError(
-            f"v has shape {tuple(v.shape)}. Expected [{', '.join(map(str, k.shape[:3]))}, Dv], to "
-            f"fit k of shape {tuple(k.shape)}."
-        )
-
-
-def _check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise OperatorError(
-            f"block_size is {block_size}. Expected one of {', '.join(map(str, BLOCK_SIZES))}."
-        )
-
-
-def _check_selection(q: Tensor, k: Tensor, block_indices: Tensor) -> None:
-    if block_indices.dtype != torch.int32:
-        raise OperatorError(
-            f"block_indices is {block_indices.dtype}. Expected torch.int32; convert it with .int()."
-        )
-    if block_indices.device != q.device:
-        raise OperatorError(
-            f"block_indices is on {block_indices.device}. Expected {q.device}, as q."
-        )
-    expected = (q.shape[0], k.shape[1], q.shape[2])
-    if block_indices.dim() != 4 or tuple(block_indices.shape[:3]) != expected:
-        raise OperatorError(
-            f"block_indices has shape {tuple(block_indices.shape)}. Expected [{', '.join(map(str, expected))}, K]: "
-            "batch, KV heads, query tokens, selected KV blocks."
-        )
-    if not 1 <= block_indices.shape[3] <= MAX_SLOTS:
-        raise OperatorError(
-            f"block_indices selects {block_indices.shape[3]} KV blocks a token. Expected 1 to {MAX_SLOTS}."
-        )
-    if block_indices.numel() >= 2**31:
-        raise OperatorError(
-            f"block_indices has {block_indices.numel()} entries. Expected fewer than 2 ** 31; split the batch."
-        )
-
-
-def _check_packing(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise OperatorError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}. Expected int32 "
-            "of shape [n + 1]: the starts of n sequences and the end of the last."
-        )
-    if cu_seqlens.device != q.device:
-        raise OperatorError(f"cu_seqlens is on {cu_seqlens.device}. Expected {q.device}, as q.")
-    if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
-        raise OperatorError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}. With cu_seqlens, expected a "
-            "batch of 1 and as many queries as keys."
-        )
-    if _may_look(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[2] or bounds != sorted(bounds):
-            raise OperatorError(
-                f"cu_seqlens is {bounds[:4]} to {bounds[-1]}. Expected numbers that ascend from 0 "
-                f"to the {q.shape[2]} tokens of q."
-            )
-
-
-def _may_look(tensor: Tensor) -> bool:
-    """Whether values may be read: never while tracing, on CUDA only if that was asked for."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    return tensor.device.type == "cpu" or settings.read().check_values
-
-
-def _check_indices(
-    block_indices: Tensor, n_keys: int, block_size: int, cu_seqlens: Tensor | None
-) -> None:
-    n_blocks = -(-n_keys // block_size)
-    if cu_seqlens is not None:
-        longest = int(cu_seqlens.diff().max())
-        n_blocks = -(-longest // block_size)
-    before, after = block_indices[..., :-1], block_indices[..., 1:]
-    ascends = (after > before) & (before >= 0) | (after == -1)
-    inside = (block_indices >= -1) & (block_indices < n_blocks)
-    for good, what in ((inside, f"-1 or a KV block from 0 to {n_blocks - 1}"), (
-        ascends, "lists that ascend, -1 padded on the right"
-    )):  # fmt: skip
-        if not bool(good.all()):
-            b, h, t = (~good).any(-1).nonzero()[0].tolist()
-            raise OperatorError(
-                f"block_indices[{b}, {h}, {t}] is {block_indices[b, h, t].tolist()}. Expected {what}."
-            )

@@ -1,6 +1,7 @@
 """Sizes, inputs and natural errors of selected attention, for its tests on the CPU and the GPU."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,27 +107,44 @@ def gradients(
 
 
 def recomputed(case: Case, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Natural gradients of a backward that has no [T, S] matrix; see `from_lse`."""
+    q, k, v, selection = inputs
+    one_hot = torch.eye(case.keys, device=q.device).expand(*v.shape[:2], -1, -1)
+    flat, arguments = torch.zeros_like(q, dtype=torch.float32), case.arguments(q.device)
+    reads = selected_attention_ref(flat, k.float(), one_hot, selection, *arguments)[0] != 0
+    return from_lse([q, k, v], reads, case.scale, reference(case, inputs), weights)
+
+
+def from_lse(
+    inputs: list[Tensor], reads: Tensor, scale: float, outputs: Sequence[Tensor],
+    weights: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """Gradients from the output and the log-sum-exp, each off by one step, in powers of two.
 
     These two are all that a backward without a [T, S] matrix has, so their rounding is natural, as
-    is that of the weights and their gradients where matrix units multiply them.
+    is that of the weights and their gradients where matrix units multiply them. `reads` tells which
+    keys a row reads, [B, Hq, T, S].
     """
-    q, k, v, selection = inputs
-    out, lse = (
-        x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x).sign())
-        for x in reference(case, inputs)
-    )
-    one_hot = torch.eye(case.keys, device=q.device).expand(*v.shape[:2], -1, -1)
-    flat = torch.zeros_like(q, dtype=torch.float32)
-    arguments = case.arguments(q.device)
-    reads = selected_attention_ref(flat, k.float(), one_hot, selection, *arguments)[0] != 0
+    q, k, v = inputs
+    group = q.shape[1] // k.shape[1]
+    out, lse = (x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x).sign()) for x in outputs)
     wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
-    many_k, many_v = (x.repeat_interleave(case.group, dim=1) for x in (wide_k, wide_v))
-    scores = (wide_q @ many_k.mT * case.scale - lse[..., None]) * 1.4426950408889634
+    many_k, many_v = (x.repeat_interleave(group, dim=1) for x in (wide_k, wide_v))
+    scores = (wide_q @ many_k.mT * scale - lse[..., None]) * 1.4426950408889634
     shares = torch.where(reads, torch.exp2(scores), 0.0)
     delta = (weights[0] * out).sum(-1) - weights[1].masked_fill(lse == -torch.inf, 0.0)
-    inner = shares * (weights[0] @ many_v.mT - delta[..., None]) * case.scale
+    inner = shares * (weights[0] @ many_v.mT - delta[..., None]) * scale
     shares, inner = (x.to(q.dtype).float() for x in (shares, inner))
     of_heads = [inner.mT @ wide_q, shares.mT @ weights[0]]
-    found = [inner @ many_k, *(x.unflatten(1, (case.heads, -1)).sum(2) for x in of_heads)]
+    found = [inner @ many_k, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in of_heads)]
     return [x.to(q.dtype) for x in found]
+
+
+def natural_lse(rough: Tensor, truth: Tensor, dim: int) -> list[Tensor]:
+    """Log-sum-exps as the reference rounds them, and off by what adding `dim` products may lose.
+
+    A unit that adds them one by one loses half a step at each, which grows as a random walk.
+    """
+    step = torch.finfo(torch.float32).eps / 2
+    largest = truth.masked_fill(truth == -torch.inf, 0.0).abs().max()
+    return [rough, truth + step * dim**0.5 * largest]
