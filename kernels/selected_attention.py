@@ -86,11 +86,11 @@ def launch_backward(
     grad_out, grad_lse, q, k, v, block_indices, out, lse, block_size, scale, causal, cu_seqlens
 ):
     """The gradients by Triton kernels; every loop order has the same."""
-    from sparse_compile.kernels import selected_kv_major
+    from sparse_compile.kernels import selected_backward
     from sparse_compile.kernels.selected_lists import geometry
 
     place = geometry(q.shape[2], k.shape[2], block_size, cu_seqlens, q.device)
-    return selected_kv_major.backward(
+    return selected_backward.backward(
         grad_out, grad_lse, q, k, v, block_indices, out, lse, place,
         block_size=block_size, scale=scale, causal=causal,
     )  # fmt: skip

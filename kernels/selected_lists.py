@@ -116,6 +116,41 @@ def read_entry(
     return block, listed
 
 
+@triton.jit
+def read_item(
+    items_ptr, blocks_ptr, item, there, S, n_blocks,
+    BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """An item's (row, first entry, end of entries, first key, end of keys); 0 unless `there`."""
+    at = items_ptr + item.to(tl.int64) * 4
+    row = tl.load(at, mask=there, other=0).to(tl.int64)
+    block = tl.load(at + 1, mask=there, other=0)
+    first = tl.load(at + 2, mask=there, other=0)
+    end = tl.load(at + 3, mask=there, other=0)
+    if PACKED:
+        first_key = tl.load(blocks_ptr + block)
+        end_key = tl.load(blocks_ptr + n_blocks + block)
+    else:
+        first_key = block * BLOCK_SIZE
+        end_key = tl.minimum(first_key + BLOCK_SIZE, S)
+    return row, first, end, first_key, end_key
+
+
+@triton.jit
+def read_rows(
+    entries_ptr, first, end, tile, chunk_start,
+    K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The rows of a tile: (alive, token, head in the group, row of the scratch), each [BLOCK_M]."""
+    r = tile + tl.arange(0, BLOCK_M)
+    entry = first + r // GROUP
+    live = entry < end
+    code = tl.load(entries_ptr + entry, mask=live, other=0)
+    token = code // K
+    scratch = (code - chunk_start * K).to(tl.int64) * GROUP + r % GROUP
+    return live, token, r % GROUP, scratch
+
+
 @triton.jit(do_not_specialize=["T", "S", "n_blocks"])
 def _rank_kernel(
     indices_ptr, rows_ptr, counts_ptr, ranks_ptr,
