@@ -20,6 +20,7 @@ from torch import Tensor
 from sparse_compile.kernels.selected_lists import (
     Geometry,
     build_lists,
+    cut,
     read_entry,
     read_item,
     read_position,
@@ -27,7 +28,6 @@ from sparse_compile.kernels.selected_lists import (
 )
 
 SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
-ROWS_PER_LIST = 128  # fewer would leave the tiles empty
 DELTA_ROWS = 32  # of a program
 MERGED_NUMBERS = 2**14  # of partial results that a program holds
 
@@ -46,31 +46,6 @@ def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> T
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
     block_m = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     return Tiles(block_m, max(1, 16 * block_m // group), 4, 2 if row_bytes <= 256 else 1)
-
-
-class Chunks(NamedTuple):
-    """How the work is cut so that the scratch is bounded: launches of whole rows or of parts."""
-
-    tokens: int  # query tokens of a chunk
-    rows: int  # (batch, KV head) of a launch; 1 if a row has several chunks
-
-
-def cut(n_tokens: int, n_rows: int, group: int, n_slots: int, n_blocks: int, bytes_: int) -> Chunks:
-    """As much at a time as the scratch holds, but enough to fill the tiles.
-
-    Args:
-        n_tokens: T.
-        n_rows: B * Hkv.
-        group: Query heads of a KV head.
-        n_slots: K.
-        n_blocks: KV blocks.
-        bytes_: Scratch of one (token, slot, head).
-    """
-    fits = SCRATCH_BYTES // (group * n_slots * bytes_)
-    if fits >= n_tokens:
-        return Chunks(n_tokens, min(n_rows, fits // max(1, n_tokens)))
-    fills = -(-ROWS_PER_LIST * n_blocks // (group * n_slots))
-    return Chunks(min(n_tokens, max(fits, fills)), 1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -222,7 +197,8 @@ def backward(
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
     tiles = default_tiles(head_dim, value_dim, group, q.element_size())
-    chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, head_dim * q.element_size())
+    bytes_ = head_dim * q.element_size()
+    chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES)
     lists = build_lists(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=False,
         chunk=chunks.tokens, length=tiles.length,

@@ -3,8 +3,8 @@
 It walks the query tokens that selected its KV block, all heads of the group at once, and writes for
 each (token, slot, head) a softmax of its own: a normalised partial output and its log-sum-exp. A
 second step merges the slots of each row as FlashDecoding does. No maximum is shared between rows,
-so no logits are too large. Tokens are worked on in chunks, few enough that the partial outputs are
-read from the L2 cache again: one launch does both, its programs take tasks from a queue.
+so no logits are too large. Tokens are worked on in chunks, which bounds the scratch; a launch
+attends in one chunk and merges the one before.
 
 Source: loop order of FSA (Flash Sparse Attention, Yan et al., 2025, section 3). Different here: the
 heads of a group share one list, all KV heads share one launch, partial outputs are normalised, and
@@ -23,6 +23,7 @@ from torch import Tensor
 from sparse_compile.kernels.selected_lists import (
     Geometry,
     build_lists,
+    cut,
     read_entry,
     read_item,
     read_position,
@@ -133,14 +134,14 @@ def _attend(
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-    scale, T, S, n_blocks, item, chunk_start, scratch_base,
+    scale, T, S, n_blocks, item, chunk_start, row_scratch, first_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Attends with an item's rows to its KV block."""
     row, first, end, first_key, end_key = read_item(
-        items_ptr, blocks_ptr, item, item >= 0, S, n_blocks, BLOCK_SIZE, PACKED
+        items_ptr, blocks_ptr, item, True, S, n_blocks, BLOCK_SIZE, PACKED
     )
     b, h = row // HEADS, row % HEADS
     shift = 0 if PACKED else S - T
@@ -160,6 +161,7 @@ def _attend(
         v_at + dv[None, :] * stride_v_d, mask=(dv[None, :] < DV) & keep[:, None], other=0.0
     )  # [BLOCK_SIZE, BLOCK_DV]
     q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
+    scratch_base = (row - first_row) * row_scratch
     for tile in range(0, (end - first) * GROUP, BLOCK_M):
         live, token, head, scratch = read_rows(
             entries_ptr, first, end, tile, chunk_start, K, GROUP, BLOCK_M
@@ -217,11 +219,10 @@ def _merge(
     )  # fmt: skip
     place = scratch_base + in_chunk * K * GROUP + head  # [BLOCK_R]
     place = place[:, None] + slot[None, :] * GROUP  # [BLOCK_R, BLOCK_K]
-    # written by other programs a moment ago: past the L1 cache
-    part_lse = tl.load(part_lse_ptr + place, mask=listed, other=-float("inf"), cache_modifier=".cg")
+    part_lse = tl.load(part_lse_ptr + place, mask=listed, other=-float("inf"))
     part = tl.load(
         part_ptr + place[:, :, None] * DV + dv[None, None, :],
-        mask=listed[:, :, None] & (dv[None, None, :] < DV), other=0.0, cache_modifier=".cg",
+        mask=listed[:, :, None] & (dv[None, None, :] < DV), other=0.0,
     )  # [BLOCK_R, BLOCK_K, BLOCK_DV]  # fmt: skip
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     out_at = out_ptr + to[:, None] * DV + dv[None, :]
@@ -244,94 +245,55 @@ def _merge(
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
 
 
-@triton.jit
-def _wait(counter_ptr, count):
-    """Returns when other programs have counted to `count`; what they wrote before can be read."""
-    while tl.load(counter_ptr, volatile=True) < count:
-        pass
-    tl.atomic_add(counter_ptr, 0, sem="acquire")
-
-
-@triton.jit(do_not_specialize=["T", "S", "n_blocks", "n_rows", "chunk_size"])
-def _forward_kernel(
+@triton.jit(do_not_specialize=["T", "S", "n_blocks", "first", "end", "merge_first", "chunk_size"])
+def _slots_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, rows_ptr, entries_ptr, items_ptr, first_item_ptr, blocks_ptr,
-    part_ptr, part_lse_ptr, counters_ptr, out_ptr, lse_ptr,
+    part_ptr, part_lse_ptr, merge_part_ptr, merge_part_lse_ptr, out_ptr, lse_ptr,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
     stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-    scale, T, S, n_blocks, n_rows, chunk_size,
+    scale, T, S, n_blocks, first, end, merge_first, n_merges, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, RING: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Programs take tasks from one queue: to attend with an item's rows, or to merge rows.
+    """Attends in the chunks from `first` to `end`, and merges what the launch before attended with.
 
-    Stage `i` of the queue holds the items of chunk `i`, then the merges of chunk `i - 1`. A merge
-    waits for its chunk's items; an item waits for the merges of the chunk whose part of the
-    scratch it writes, RING chunks before. Both come earlier in the queue, so no two programs wait
-    for each other, however many run at a time.
+    The two kinds of programs alternate: one computes and writes while the other reads.
     """
     n_chunks = tl.cdiv(T, chunk_size)
-    n_all = n_rows * n_chunks
-    n_merges = tl.cdiv(chunk_size * GROUP, BLOCK_R)
-    done_items_ptr = counters_ptr + 1
-    done_merges_ptr = done_items_ptr + n_all
-    chunk_rows = (chunk_size * K * GROUP).to(tl.int64)
-    stage = 0
-    stage_begin = 0
-    first = 0  # item of the stage
-    end = tl.load(first_item_ptr + 1)  # of its items
-    stage_end = end
-    n_tasks = tl.load(first_item_ptr + n_all) + n_all * n_merges
-    task = tl.atomic_add(counters_ptr, 1, sem="relaxed")
-    while task < n_tasks:
-        while task >= stage_end:
-            stage += 1
-            stage_begin = stage_end
-            first = end
-            end = tl.load(first_item_ptr + tl.minimum(stage + 1, n_all))
-            stage_end = end + stage * n_merges
-        number = task - stage_begin
-        if number < end - first:
-            if stage >= RING:
-                _wait(done_merges_ptr + stage - RING, n_merges)
+    program = tl.program_id(0).to(tl.int64)
+    merge = program * n_merges // tl.num_programs(0)
+    if (program + 1) * n_merges // tl.num_programs(0) > merge:
+        per_row = tl.cdiv(chunk_size * GROUP, BLOCK_R)
+        in_launch = merge // per_row
+        _merge(
+            merge_part_ptr, merge_part_lse_ptr, indices_ptr, rows_ptr, out_ptr, lse_ptr,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
+            (merge % per_row).to(tl.int32), in_launch + merge_first // n_chunks,
+            merge_first % n_chunks * chunk_size, chunk_size, in_launch * chunk_size * K * GROUP,
+            HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, BLOCK_K, BLOCK_DV, BLOCK_R,
+        )  # fmt: skip
+    else:
+        item = tl.load(first_item_ptr + first) + (program - merge).to(tl.int32)
+        if item < tl.load(first_item_ptr + end):
             _attend(
                 q_ptr, k_ptr, v_ptr, entries_ptr, items_ptr, blocks_ptr, part_ptr, part_lse_ptr,
                 stride_q_b, stride_q_h, stride_q_t, stride_q_d,
                 stride_k_b, stride_k_h, stride_k_s, stride_k_d,
                 stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-                scale, T, S, n_blocks, first + number, (stage % n_chunks) * chunk_size,
-                (stage % RING) * chunk_rows,
+                scale, T, S, n_blocks, item, first % n_chunks * chunk_size,
+                chunk_size * K * GROUP, first // n_chunks,
                 HEADS, GROUP, K, D, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, PRECISION,
                 BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
-            tl.debug_barrier()
-            tl.atomic_add(done_items_ptr + stage, 1, sem="release")
-        else:
-            chunk = stage - 1
-            before = tl.load(first_item_ptr + chunk)
-            _wait(done_items_ptr + chunk, tl.load(first_item_ptr + chunk + 1) - before)
-            _merge(
-                part_ptr, part_lse_ptr, indices_ptr, rows_ptr, out_ptr, lse_ptr,
-                stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
-                number - (end - first), (chunk // n_chunks).to(tl.int64),
-                (chunk % n_chunks) * chunk_size, chunk_size, (chunk % RING) * chunk_rows,
-                HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, BLOCK_K, BLOCK_DV, BLOCK_R,
-            )  # fmt: skip
-            tl.debug_barrier()
-            tl.atomic_add(done_merges_ptr + chunk, 1, sem="release")
-        task = tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 
-RING = 3  # chunks whose partial results are alive at a time
-CHUNK_BYTES = 12 * 2**20  # of partial results, unless lists would become too short
-ROWS_PER_LIST = 64  # fewer would leave the tiles empty
+SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
 LOCAL_TOKENS = 64  # of a program
-MERGED_NUMBERS = 2**13  # of partial results that a program holds
-PROGRAMS_PER_SM = 3
-REGISTERS = 160  # of a thread: what as many programs leave it
+MERGED_NUMBERS = 2**14  # of partial results that a program holds
 
 
 class Tiles(NamedTuple):
@@ -349,21 +311,6 @@ def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> T
     return Tiles(block_m, max(1, 8 * block_m // group), 4)
 
 
-def chunk_tokens(n_tokens: int, n_rows: int, n_blocks: int, n_slots: int, bytes_: int) -> int:
-    """Query tokens of a chunk: as many as the scratch holds, but enough to fill the tiles.
-
-    Args:
-        n_tokens: T.
-        n_rows: Rows of a token: heads of the group.
-        n_blocks: KV blocks.
-        n_slots: K.
-        bytes_: Scratch of one (token, slot, head).
-    """
-    fits = CHUNK_BYTES // (n_rows * n_slots * bytes_)
-    fills = -(-ROWS_PER_LIST * n_blocks // (n_rows * n_slots))
-    return max(1, min(n_tokens, max(fits, fills)))
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, place: Geometry,
     *, block_size: int, scale: float, causal: bool,
@@ -373,11 +320,12 @@ def forward(
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
     tiles = default_tiles(head_dim, value_dim, group, q.element_size())
-    chunk = chunk_tokens(n_tokens, group, place.n_blocks, n_slots, value_dim * q.element_size() + 4)
+    bytes_ = value_dim * q.element_size() + 4
+    chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES // 2)
     local = causal and n_keys >= n_tokens
     lists = build_lists(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=local,
-        chunk=chunk, length=tiles.length,
+        chunk=chunks.tokens, length=tiles.length,
     )  # fmt: skip
     out = q.new_empty((batch, query_heads, n_tokens, value_dim))
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
@@ -393,25 +341,27 @@ def forward(
             scale, n_tokens, n_keys, *problem, place.packed, precision,
             block_k, block_d, block_dv, LOCAL_TOKENS, min(64, block_size), num_stages=1,
         )  # fmt: skip
-    part = q.new_empty((RING * chunk * n_slots * group, value_dim))
-    part_lse = q.new_empty(part.shape[0], dtype=torch.float32)
-    counters = torch.zeros(1 + 2 * rows * lists.n_chunks, dtype=torch.int32, device=q.device)
-    _forward_kernel[(_n_programs(q.device),)](
-        q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
-        place.blocks, part, part_lse, counters, out, lse,
-        *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
-        scale, n_tokens, n_keys, place.n_blocks, rows, chunk,
-        *problem, causal, place.packed, local, precision, block_k, block_d, block_dv,
-        tiles.block_m, max(1, MERGED_NUMBERS // (block_k * block_dv)), RING,
-        num_warps=tiles.num_warps, num_stages=1, maxnreg=REGISTERS,
-    )  # fmt: skip
+    # one half is written while the other is read
+    part = q.new_empty((2, chunks.rows * chunks.tokens * n_slots * group, value_dim))
+    part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
+    merged = max(1, MERGED_NUMBERS // (block_k * block_dv))
+    per_row = triton.cdiv(chunks.tokens * group, merged)
+    n_all, before = rows * lists.n_chunks, 0
+    for number, first in enumerate(range(0, n_all + chunks.rows, chunks.rows)):
+        end = min(first + chunks.rows, n_all)
+        first = min(first, n_all)
+        n_merges = (first - before) * per_row
+        _slots_kernel[((end - first) * lists.max_items + n_merges,)](
+            q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
+            place.blocks, part[number % 2], part_lse[number % 2],
+            part[1 - number % 2], part_lse[1 - number % 2], out, lse,
+            *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
+            scale, n_tokens, n_keys, place.n_blocks, first, end, before, n_merges, chunks.tokens,
+            *problem, causal, place.packed, local, precision, block_k, block_d, block_dv,
+            tiles.block_m, merged, num_warps=tiles.num_warps, num_stages=1,
+        )  # fmt: skip
+        before = first
     return out, lse
-
-
-def _n_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _padded(size: int) -> int:

@@ -19,6 +19,7 @@ ENTRIES = 1024  # per program
 LISTS = 128  # per program
 MAX_PARTS = 16  # of a list, with counters of their own
 COUNTERS = 2**22  # at most, unless there are more lists
+ROWS_PER_LIST = 128  # fewer would leave the tiles of rows empty
 
 
 class Geometry(NamedTuple):
@@ -39,6 +40,35 @@ class Lists(NamedTuple):
     first_item: Tensor  # of each chunk of each row, and the end: int32 [rows * n_chunks + 1]
     n_chunks: int  # of a row
     max_items: int  # of one chunk, whatever the selection
+
+
+class Chunks(NamedTuple):
+    """How the work is cut so that the scratch is bounded: launches of whole rows or of parts."""
+
+    tokens: int  # query tokens of a chunk
+    rows: int  # (batch, KV head) of a launch; 1 if a row has several chunks
+
+
+def cut(
+    n_tokens: int, n_rows: int, group: int, n_slots: int, n_blocks: int, bytes_: int, scratch: int
+) -> Chunks:
+    """As much at a time as the scratch holds, but enough to fill the tiles.
+
+    Args:
+        n_tokens: T.
+        n_rows: B * Hkv.
+        group: Query heads of a KV head.
+        n_slots: K.
+        n_blocks: KV blocks.
+        bytes_: Scratch of one (token, slot, head).
+        scratch: Its bytes, unless lists would become too short.
+    """
+    fits = scratch // (group * n_slots * bytes_)
+    if fits >= n_tokens:
+        return Chunks(n_tokens, min(n_rows, fits // max(1, n_tokens)))
+    fills = -(-ROWS_PER_LIST * n_blocks // (group * n_slots))
+    n_chunks = -(-n_tokens // max(fits, fills))
+    return Chunks(-(-n_tokens // n_chunks), 1)
 
 
 def geometry(

@@ -84,6 +84,7 @@ def test_backward(name: str, way: str) -> None:
 def test_a_small_scratch_changes_nothing(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_compile.kernels import selected_backward as gradient
     from sparse_compile.kernels import selected_kv_major as kv_major
+    from sparse_compile.kernels import selected_lists as lists
 
     case = Case(heads=2, batch=2, queries=70, keys=75, slots=4)
     inputs = case.inputs()
@@ -91,12 +92,11 @@ def test_a_small_scratch_changes_nothing(scratch: int, monkeypatch: pytest.Monke
     grads = [torch.randn_like(x) for x in whole]
     backward = (*grads, *inputs, *whole, *case.arguments(CPU))
     whole_grads = selected.launch_backward(*backward)
-    for module, name in ((gradient, "SCRATCH_BYTES"), (kv_major, "CHUNK_BYTES")):
-        monkeypatch.setattr(module, name, scratch)
-        monkeypatch.setattr(module, "ROWS_PER_LIST", 8)
-    launches = gradient.cut(70, 4, case.group, case.slots, 5, 16 * 4)
+    monkeypatch.setattr(lists, "ROWS_PER_LIST", 8)
+    for module in (gradient, kv_major):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
+    launches = lists.cut(70, 4, case.group, case.slots, 5, 16 * 4, scratch)
     assert launches.tokens < 70 or launches.rows < 4
-    assert 3 * kv_major.chunk_tokens(70, case.group, 5, case.slots, 16 * 4 + 4) < 70
     cut = (*run("kv_major", case, inputs), *selected.launch_backward(*backward))
     for ours, theirs in zip(cut, (*whole, *whole_grads), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums in another order
