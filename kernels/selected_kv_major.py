@@ -27,7 +27,6 @@ from sparse_compile.kernels.selected_lists import (
     read_entry,
     read_item,
     read_position,
-    read_rows,
 )
 
 
@@ -80,7 +79,10 @@ def _local_kernel(
     )  # [BLOCK_M, BLOCK_D]  # fmt: skip
     k_base = k_ptr + b * stride_k_b + h * stride_k_h
     v_base = v_ptr + b * stride_v_b + h * stride_v_h
-    scale = scale * 1.4426950408889634
+    # a factor above zero, so that the largest score is the largest product
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    scale = tl.abs(scale) * 1.4426950408889634
+    q = (q * sign).to(q.dtype)
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -92,14 +94,20 @@ def _local_kernel(
     n_first = 0 if PACKED else BLOCK_SIZE // BLOCK_N
     for i in range(n_near + n_first):
         is_near = i < n_near
-        key = tl.where(is_near, near + i * BLOCK_N, (i - n_near) * BLOCK_N) + n  # [BLOCK_N]
-        in_sequence = key[None, :] - first_key[:, None]
-        block = in_sequence // BLOCK_SIZE
-        visible = ((block == own[:, None]) & reads_own[:, None]) | (
-            (block == own[:, None] - 1) & reads_previous[:, None]
-        )
-        visible = visible & (in_sequence >= 0) & (in_sequence <= position[:, None])
-        visible = tl.where(is_near, visible, reads_first[:, None])
+        begin_key = tl.where(is_near, near + i * BLOCK_N, (i - n_near) * BLOCK_N)
+        key = begin_key + n  # [BLOCK_N]
+        if PACKED:
+            in_sequence = key[None, :] - first_key[:, None]
+            block = in_sequence // BLOCK_SIZE
+            visible = ((block == own[:, None]) & reads_own[:, None]) | (
+                (block == own[:, None] - 1) & reads_previous[:, None]
+            )
+            visible = visible & (in_sequence >= 0) & (in_sequence <= position[:, None])
+        else:  # the keys are of one KV block
+            block = begin_key // BLOCK_SIZE
+            reads = ((block == own) & reads_own) | ((block == own - 1) & reads_previous)
+            reads = tl.where(is_near, reads, reads_first)
+            visible = reads[:, None] & (key[None, :] <= position[:, None])
         inside = key < S
         at = key.to(tl.int64)
         k = tl.load(
@@ -110,22 +118,28 @@ def _local_kernel(
             v_base + at[:, None] * stride_v_s + dv[None, :] * stride_v_d,
             mask=inside[:, None] & (dv[None, :] < DV), other=0.0,
         )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
-        s = tl.dot(q, k, input_precision=PRECISION) * scale
+        s = tl.dot(q, k, input_precision=PRECISION)
         s = tl.where(visible, s, -float("inf"))
-        new = tl.maximum(highest, tl.max(s, 1))
+        new = tl.maximum(highest, tl.max(s, 1) * scale)
         reference = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s - reference[:, None])
+        p = tl.exp2(s * scale - reference[:, None])
         shrink = tl.exp2(highest - reference)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         highest = new
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     tl.store(
         out_ptr + to[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=live[:, None] & (dv[None, :] < DV),
     )  # fmt: skip
     tl.store(lse_ptr + to, highest + tl.log2(total), mask=live)
+
+
+@triton.jit
+def _wide(index, WIDE: tl.constexpr):
+    """An index as it must be before it meets a stride: 64 bits where offsets need them."""
+    return index.to(tl.int64) if WIDE else index
 
 
 @triton.jit
@@ -137,7 +151,8 @@ def _attend(
     scale, T, S, n_blocks, item, chunk_start, row_scratch, first_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Attends with an item's rows to its KV block."""
     row, first, end, first_key, end_key = read_item(
@@ -145,8 +160,9 @@ def _attend(
     )
     b, h = row // HEADS, row % HEADS
     shift = 0 if PACKED else S - T
-    # log-sum-exps of the scratch are of base 2
-    scale = scale * 1.4426950408889634
+    # log-sum-exps of the scratch are of base 2; the factor is above zero
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    scale = tl.abs(scale) * 1.4426950408889634
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dv = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
     key = first_key + tl.arange(0, BLOCK_SIZE)  # [BLOCK_SIZE]
@@ -156,40 +172,45 @@ def _attend(
     k = tl.load(
         k_at + d[:, None] * stride_k_d, mask=(d[:, None] < D) & keep[None, :], other=0.0
     )  # [BLOCK_D, BLOCK_SIZE]
+    k = (k * sign).to(k.dtype)
     v_at = v_ptr + b * stride_v_b + h * stride_v_h + at[:, None] * stride_v_s
     v = tl.load(
         v_at + dv[None, :] * stride_v_d, mask=(dv[None, :] < DV) & keep[:, None], other=0.0
     )  # [BLOCK_SIZE, BLOCK_DV]
     q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
-    scratch_base = (row - first_row) * row_scratch
-    for tile in range(0, (end - first) * GROUP, BLOCK_M):
-        live, token, head, scratch = read_rows(
-            entries_ptr, first, end, tile, chunk_start, K, GROUP, BLOCK_M
-        )
-        q_at = q_base + head.to(tl.int64) * stride_q_h + token.to(tl.int64) * stride_q_t
+    part_base = part_ptr + (row - first_row) * row_scratch * DV
+    part_lse_base = part_lse_ptr + (row - first_row) * row_scratch
+    r = tl.arange(0, BLOCK_M)  # row of the item: entry, head of the group
+    code = tl.load(entries_ptr + first + r // GROUP, mask=first + r // GROUP < end, other=0)
+    for _ in range(0, (end - first) * GROUP, BLOCK_M):
+        live = first + r // GROUP < end
+        head, token = r % GROUP, code // K
+        q_at = _wide(head, WIDE) * stride_q_h + _wide(token, WIDE) * stride_q_t
         q = tl.load(
-            q_at[:, None] + d[None, :] * stride_q_d,
-            mask=live[:, None] & (d[None, :] < D),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_D]
-        s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_SIZE]
+            q_base + (q_at[:, None] + d[None, :] * stride_q_d),
+            mask=live[:, None] & (d[None, :] < D), other=0.0,
+        )  # [BLOCK_M, BLOCK_D]  # fmt: skip
+        place = _wide(code - chunk_start * K, WIDE) * GROUP + head
+        r += BLOCK_M
+        there = first + r // GROUP < end
+        code = tl.load(entries_ptr + first + r // GROUP, mask=there, other=0)  # of the next tile
+        s = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_SIZE]
         if not LOCAL:  # else the KV blocks are full, and before every token
             visible = keep[None, :]
             if CAUSAL:
                 visible = visible & (key[None, :] <= (token + shift)[:, None])
             s = tl.where(visible, s, -float("inf"))
-        highest = tl.max(s, 1)  # [BLOCK_M]
+        highest = tl.max(s, 1) * scale  # [BLOCK_M]
         highest = tl.where(highest == -float("inf"), 0.0, highest)  # of rows that are not alive
-        p = tl.exp2(s - highest[:, None])
+        p = tl.exp2(s * scale - highest[:, None])
         total = tl.sum(p, 1)
         total = tl.where(total == 0.0, 1.0, total)
-        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
-        place = scratch_base + scratch
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         tl.store(
-            part_ptr + place[:, None] * DV + dv[None, :], out.to(part_ptr.dtype.element_ty),
+            part_base + (place[:, None] * DV + dv[None, :]), out.to(part_ptr.dtype.element_ty),
             mask=live[:, None] & (dv[None, :] < DV),
         )  # fmt: skip
-        tl.store(part_lse_ptr + place, highest + tl.log2(total), mask=live)
+        tl.store(part_lse_base + place, highest + tl.log2(total), mask=live)
 
 
 @triton.jit
@@ -199,7 +220,7 @@ def _merge(
     scratch_base,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Merges the slots of BLOCK_R rows (token, head of the group) of a KV head.
 
@@ -210,36 +231,44 @@ def _merge(
     token = chunk_start + in_chunk
     live = (in_chunk < chunk_size) & (token < T)
     dv = tl.arange(0, BLOCK_DV)
-    slot = tl.arange(0, BLOCK_K)
     position, n_keys, _base, _first = read_position(rows_ptr, token, T, S, PACKED)
-    _block, listed = read_entry(
-        indices_ptr, row, token[:, None], slot[None, :], live[:, None] & (slot[None, :] < K),
-        position[:, None], n_keys[:, None], stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-        HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
-    )  # fmt: skip
-    place = scratch_base + in_chunk * K * GROUP + head  # [BLOCK_R]
-    place = place[:, None] + slot[None, :] * GROUP  # [BLOCK_R, BLOCK_K]
-    part_lse = tl.load(part_lse_ptr + place, mask=listed, other=-float("inf"))
-    part = tl.load(
-        part_ptr + place[:, :, None] * DV + dv[None, None, :],
-        mask=listed[:, :, None] & (dv[None, None, :] < DV), other=0.0,
-    )  # [BLOCK_R, BLOCK_K, BLOCK_DV]  # fmt: skip
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     out_at = out_ptr + to[:, None] * DV + dv[None, :]
     in_out = live[:, None] & (dv[None, :] < DV)
-    highest = tl.max(part_lse, 1)
+    place = scratch_base + in_chunk * K * GROUP + head  # [BLOCK_R]
+    highest = tl.full([BLOCK_R], -float("inf"), tl.float32)
     if LOCAL:
-        local_lse = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
-        highest = tl.maximum(highest, local_lse)
+        highest = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
+    local_lse = highest
+    for slot in tl.static_range(K):
+        _block, listed = read_entry(
+            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
+        )  # fmt: skip
+        at = part_lse_ptr + place + slot * GROUP
+        highest = tl.maximum(highest, tl.load(at, mask=listed, other=-float("inf")))
     reference = tl.where(highest == -float("inf"), 0.0, highest)
-    weight = tl.exp2(part_lse - reference[:, None])
-    total = tl.sum(weight, 1)
-    acc = tl.sum(part.to(tl.float32) * weight[:, :, None], 1)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if LOCAL:
-        local_weight = tl.exp2(local_lse - reference)
-        total += local_weight
-        local = tl.load(out_at, mask=in_out, other=0.0)
-        acc += local.to(tl.float32) * local_weight[:, None]
+        total = tl.exp2(local_lse - reference)
+        acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32) * total[:, None]
+    for slot in tl.static_range(K):
+        _block, listed = read_entry(
+            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
+        )  # fmt: skip
+        at = place + slot * GROUP
+        part_lse = tl.load(part_lse_ptr + at, mask=listed, other=-float("inf"))
+        part = tl.load(
+            part_ptr + at[:, None] * DV + dv[None, :],
+            mask=listed[:, None] & (dv[None, :] < DV), other=0.0,
+        )  # [BLOCK_R, BLOCK_DV]  # fmt: skip
+        weight = tl.exp2(part_lse - reference)
+        total += weight
+        acc += part.to(tl.float32) * weight[:, None]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
@@ -256,7 +285,7 @@ def _slots_kernel(
     scale, T, S, n_blocks, first, end, merge_first, n_merges, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Attends in the chunks from `first` to `end`, and merges what the launch before attended with.
@@ -274,7 +303,7 @@ def _slots_kernel(
             stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
             (merge % per_row).to(tl.int32), in_launch + merge_first // n_chunks,
             merge_first % n_chunks * chunk_size, chunk_size, in_launch * chunk_size * K * GROUP,
-            HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, BLOCK_K, BLOCK_DV, BLOCK_R,
+            HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     else:
         item = tl.load(first_item_ptr + first) + (program - merge).to(tl.int32)
@@ -287,13 +316,12 @@ def _slots_kernel(
                 scale, T, S, n_blocks, item, first % n_chunks * chunk_size,
                 chunk_size * K * GROUP, first // n_chunks,
                 HEADS, GROUP, K, D, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, PRECISION,
-                BLOCK_D, BLOCK_DV, BLOCK_M,
+                WIDE, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
 
 
 SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
 LOCAL_TOKENS = 64  # of a program
-MERGED_NUMBERS = 2**14  # of partial results that a program holds
 
 
 class Tiles(NamedTuple):
@@ -302,13 +330,16 @@ class Tiles(NamedTuple):
     block_m: int  # rows (token, head of the group) of a tile
     length: int  # entries of an item
     num_warps: int
+    merged: int  # rows that a program merges
+    registers: int | None  # of a thread: so few that more programs fit
 
 
 def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> Tiles:
     """Tiles that run everywhere; small ones, so that many programs fit."""
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
     block_m = 64 if row_bytes <= 512 else 32
-    return Tiles(block_m, max(1, 8 * block_m // group), 4)
+    registers = 128 if row_bytes <= 256 and itemsize == 2 else None
+    return Tiles(block_m, max(1, 8 * block_m // group), 4, 8, registers)
 
 
 def forward(
@@ -339,13 +370,14 @@ def forward(
             q, k, v, block_indices, place.rows, out, lse,
             *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
             scale, n_tokens, n_keys, *problem, place.packed, precision,
-            block_k, block_d, block_dv, LOCAL_TOKENS, min(64, block_size), num_stages=1,
+            block_k, block_d, block_dv, LOCAL_TOKENS, min(64, block_size),
+            num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
     # one half is written while the other is read
     part = q.new_empty((2, chunks.rows * chunks.tokens * n_slots * group, value_dim))
     part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
-    merged = max(1, MERGED_NUMBERS // (block_k * block_dv))
-    per_row = triton.cdiv(chunks.tokens * group, merged)
+    per_row = triton.cdiv(chunks.tokens * group, tiles.merged)
+    wide = max(_span(q[0, :group]), part[0].numel()) >= 2**31
     n_all, before = rows * lists.n_chunks, 0
     for number, first in enumerate(range(0, n_all + chunks.rows, chunks.rows)):
         end = min(first + chunks.rows, n_all)
@@ -357,11 +389,16 @@ def forward(
             part[1 - number % 2], part_lse[1 - number % 2], out, lse,
             *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
             scale, n_tokens, n_keys, place.n_blocks, first, end, before, n_merges, chunks.tokens,
-            *problem, causal, place.packed, local, precision, block_k, block_d, block_dv,
-            tiles.block_m, merged, num_warps=tiles.num_warps, num_stages=1,
+            *problem, causal, place.packed, local, precision, wide, block_d, block_dv,
+            tiles.block_m, tiles.merged, num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
         before = first
     return out, lse
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first of a tensor to its last."""
+    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _padded(size: int) -> int:
