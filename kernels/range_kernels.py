@@ -2,12 +2,88 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 64  # keys of a tile
+from sparse_compile.kernels.delta import delta
+
+
+class Tiles(NamedTuple):
+    """What can be tuned."""
+
+    block_m: int  # query tokens of a tile
+    block_n: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+
+
+def forward_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
+    """Tiles of the forward that run everywhere."""
+    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
+    if row_bytes <= 256:
+        return Tiles(64, 64, 4, 3)
+    return Tiles(64, 64, 4, 2) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
+
+
+def query_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
+    """Tiles of the gradient of queries that run everywhere."""
+    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
+    if row_bytes <= 256:
+        return Tiles(64, 64, 4, 2)
+    return Tiles(64, 32, 4, 1) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
+
+
+def key_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
+    """Tiles of the gradients of keys and values that run everywhere."""
+    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
+    if row_bytes <= 256:
+        return Tiles(32, 64, 4, 2)
+    return Tiles(32, 64, 4, 1) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
+
+
+PROGRAMS = 4096  # of the gradients of keys and values, if there are fewer tiles of keys
+SHORTEST = 8  # tiles of queries that make a program worthwhile
+
+
+@triton.jit
+def _range_step(
+    q, k_base, v_base, highest, total, acc, key, first, end, last, scale,
+    stride_k_s, stride_k_d, stride_v_s, stride_v_d,
+    MASKED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of keys to the softmax; not MASKED: every query reads all of them."""
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    at = key.to(tl.int64)
+    in_k = d[:, None] < D
+    in_v = dv[None, :] < DV
+    if MASKED:
+        in_k = in_k & (key[None, :] < last)
+        in_v = in_v & (key[:, None] < last)
+    k = tl.load(
+        k_base + at[None, :] * stride_k_s + d[:, None] * stride_k_d, mask=in_k, other=0.0
+    )  # [BLOCK_D, BLOCK_N]
+    v = tl.load(
+        v_base + at[:, None] * stride_v_s + dv[None, :] * stride_v_d, mask=in_v, other=0.0
+    )  # [BLOCK_N, BLOCK_DV]
+    s = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
+        s = tl.where(visible, s, -float("inf"))
+    new = tl.maximum(highest, tl.max(s, 1) * scale)
+    reference = new
+    if MASKED:
+        reference = tl.where(new == -float("inf"), 0.0, new)
+    p = tl.exp2(s * scale - reference[:, None])
+    shrink = tl.exp2(highest - reference)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new, total, acc
 
 
 @triton.jit
@@ -38,35 +114,34 @@ def _range_forward_kernel(
     q = tl.load(q_at + d[None, :] * stride_q_d, mask=in_q, other=0.0)  # [BLOCK_M, BLOCK_D]
     k_base = k_ptr + b * stride_k_b + h // GROUP * stride_k_h
     v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
-    scale = scale * 1.4426950408889634
+    # a factor above zero, so that the largest score is the largest product
+    q = (q * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
+    scale = tl.abs(scale) * 1.4426950408889634
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     last = tl.max(end, 0)
-    for start in range(tl.min(first, 0) // BLOCK_N * BLOCK_N, last, BLOCK_N):
-        key = start + n
-        there = key < last
-        at = key.to(tl.int64)
-        k = tl.load(
-            k_base + at[None, :] * stride_k_s + d[:, None] * stride_k_d,
-            mask=there[None, :] & (d[:, None] < D), other=0.0,
-        )  # [BLOCK_D, BLOCK_N]  # fmt: skip
-        v = tl.load(
-            v_base + at[:, None] * stride_v_s + dv[None, :] * stride_v_d,
-            mask=there[:, None] & (dv[None, :] < DV), other=0.0,
-        )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
-        s = tl.dot(q, k, input_precision=PRECISION) * scale
-        s = tl.where(
-            (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None]), s, -float("inf")
-        )
-        new = tl.maximum(highest, tl.max(s, 1))
-        reference = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s - reference[:, None])
-        shrink = tl.exp2(highest - reference)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    begin = tl.min(first, 0) // BLOCK_N * BLOCK_N
+    # tiles of keys that every one of the tokens reads as a whole
+    whole = tl.cdiv(tl.max(tl.where(live, first, 0), 0), BLOCK_N) * BLOCK_N
+    whole_end = tl.min(tl.where(live, end, 2147483647), 0) // BLOCK_N * BLOCK_N
+    whole = tl.maximum(whole, begin)
+    whole_end = tl.maximum(whole_end, whole)
+    n_before = (whole - begin) // BLOCK_N
+    for i in range(n_before + tl.cdiv(tl.maximum(last - whole_end, 0), BLOCK_N)):
+        start = tl.where(i < n_before, begin, whole_end - n_before * BLOCK_N) + i * BLOCK_N
+        highest, total, acc = _range_step(
+            q, k_base, v_base, highest, total, acc, start + n, first, end, last, scale,
+            stride_k_s, stride_k_d, stride_v_s, stride_v_d,
+            True, D, DV, PRECISION, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    for start in range(whole, whole_end, BLOCK_N):
+        highest, total, acc = _range_step(
+            q, k_base, v_base, highest, total, acc, start + n, first, end, last, scale,
+            stride_k_s, stride_k_d, stride_v_s, stride_v_d,
+            False, D, DV, PRECISION, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     to = row * T + token
     tl.store(
         out_ptr + to[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -123,14 +198,14 @@ def _range_query_gradient_kernel(
             v_base + at[:, None] * stride_v_s + dv[None, :] * stride_v_d,
             mask=there[:, None] & (dv[None, :] < DV), other=0.0,
         )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-        p = tl.where(visible, tl.exp2((s - lse[:, None]) * 1.4426950408889634), 0.0)
+        p = tl.where(visible, tl.exp2((s * scale - lse[:, None]) * 1.4426950408889634), 0.0)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
         acc = tl.dot(ds, k, acc, input_precision=PRECISION)
     to = (row * T + token)[:, None] * D + d[None, :]
-    tl.store(dq_ptr + to, acc.to(dq_ptr.dtype.element_ty), mask=in_q)
+    tl.store(dq_ptr + to, (acc * scale).to(dq_ptr.dtype.element_ty), mask=in_q)
 
 
 @triton.jit
@@ -140,15 +215,16 @@ def _range_key_gradient_kernel(
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-    stride_g_b, stride_g_h, stride_g_t, stride_g_d, scale, T, S,
+    stride_g_b, stride_g_h, stride_g_t, stride_g_d, scale, T, S, n_rows, n_splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program gives dK and dV of BLOCK_N keys and a KV head."""
+    """One program gives dK and dV of BLOCK_N keys and a KV head, from a share of their readers."""
     n_tiles = tl.cdiv(S, BLOCK_N)
-    tile = tl.program_id(0) % n_tiles
-    row = (tl.program_id(0) // n_tiles).to(tl.int64)  # of batch and KV head
+    split = tl.program_id(0) % n_splits
+    row = (tl.program_id(0) // n_splits % n_rows).to(tl.int64)  # of batch and KV head
+    tile = tl.program_id(0) // n_splits // n_rows  # the first keys have most readers
     b, h = row // HEADS, row % HEADS
     key = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     there = key < S
@@ -165,48 +241,61 @@ def _range_key_gradient_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     begin = tl.load(readers_ptr + tile)
     stop = tl.load(readers_ptr + n_tiles + tile)
-    for g in range(GROUP):
-        head = h * GROUP + g
-        rows = (b * HEADS * GROUP + head) * T
-        for start in range(begin, stop, BLOCK_M):
-            token = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-            live = token < stop
-            at_t = token.to(tl.int64)[:, None]
-            q_at = q_ptr + b * stride_q_b + head * stride_q_h + at_t * stride_q_t
-            q = tl.load(
-                q_at + d[None, :] * stride_q_d, mask=live[:, None] & (d[None, :] < D), other=0.0
-            )  # [BLOCK_M, BLOCK_D]
-            g_at = grad_ptr + b * stride_g_b + head * stride_g_h + at_t * stride_g_t
-            grad = tl.load(
-                g_at + e[None, :] * stride_g_d, mask=live[:, None] & (e[None, :] < DV), other=0.0
-            )  # [BLOCK_M, BLOCK_DV]
-            lse = tl.load(lse_ptr + rows + token, mask=live, other=0.0)
-            delta = tl.load(delta_ptr + rows + token, mask=live, other=0.0)
-            first = tl.load(first_ptr + token, mask=live, other=2147483647)
-            end = tl.load(end_ptr + token, mask=live, other=0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-            p = tl.where(visible, tl.exp2((s - lse[:, None]) * 1.4426950408889634), 0.0)
-            dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-            ds = p * (dp - delta[:, None]) * scale
-            dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
-    to = (row * S + at)[:, None]
-    tl.store(dk_ptr + to * D + d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=in_k)
-    tl.store(dv_ptr + to * DV + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=in_v)
+    per_head = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
+    share = tl.cdiv(per_head * GROUP, n_splits)
+    q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
+    g_base = grad_ptr + b * stride_g_b + h * GROUP * stride_g_h
+    to_base2 = 1.4426950408889634
+    for i in range(split * share, tl.minimum((split + 1) * share, per_head * GROUP)):
+        head = (i // per_head).to(tl.int64)
+        token = begin + i % per_head * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        live = token < stop
+        at_t = token.to(tl.int64)[:, None]
+        q = tl.load(
+            q_base + head * stride_q_h + at_t * stride_q_t + d[None, :] * stride_q_d,
+            mask=live[:, None] & (d[None, :] < D), other=0.0,
+        )  # [BLOCK_M, BLOCK_D]  # fmt: skip
+        grad = tl.load(
+            g_base + head * stride_g_h + at_t * stride_g_t + e[None, :] * stride_g_d,
+            mask=live[:, None] & (e[None, :] < DV), other=0.0,
+        )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
+        rows = (row * GROUP + head) * T + token
+        lse = tl.load(lse_ptr + rows, mask=live, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        first = tl.load(first_ptr + token, mask=live, other=2147483647)
+        end = tl.load(end_ptr + token, mask=live, other=0)
+        # keys down and queries across: the weights go into the products as they lie in registers
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        visible = (key[:, None] >= first[None, :]) & (key[:, None] < end[None, :])
+        p = tl.exp2((s * scale - lse[None, :]) * to_base2)
+        p = tl.where(visible, p, 0.0)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = dk * scale
+    dk_at = dk_ptr + (row * S + at)[:, None] * D + d[None, :]
+    dv_at = dv_ptr + (row * S + at)[:, None] * DV + e[None, :]
+    if n_splits == 1:
+        tl.store(dk_at, dk, mask=in_k)
+        tl.store(dv_at, dv, mask=in_v)
+    else:
+        tl.atomic_add(dk_at, dk, mask=in_k, sem="relaxed")
+        tl.atomic_add(dv_at, dv, mask=in_v, sem="relaxed")
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output [B, Hq, T, Dv] and its natural log-sum-exp [B, Hq, T] in float32."""
-    (batch, heads, n_tokens, _), value_dim = q.shape, v.shape[3]
+    (batch, heads, n_tokens, head_dim), value_dim = q.shape, v.shape[3]
     out = q.new_empty((batch, heads, n_tokens, value_dim))
     lse = q.new_empty((batch, heads, n_tokens), dtype=torch.float32)
-    block_m, warps = _tile(q, v)
-    _range_forward_kernel[(batch * heads * triton.cdiv(n_tokens, block_m),)](
+    tiles = forward_tiles(head_dim, value_dim, q.element_size())
+    _range_forward_kernel[(batch * heads * triton.cdiv(n_tokens, tiles.block_m),)](
         q, k, v, first, end, out, lse, *q.stride(), *k.stride(), *v.stride(),
-        scale, n_tokens, *_problem(q, k, v, heads), block_m, BLOCK_N, num_warps=warps,
+        scale, n_tokens, *_problem(q, k, v, heads), tiles.block_m, tiles.block_n,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -215,36 +304,38 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     lse: Tensor, first: Tensor, end: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v."""
-    batch, heads, n_tokens, _ = q.shape
-    delta = (grad_out.float() * out.float()).sum(-1)
-    if grad_lse is not None:
-        delta -= grad_lse
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    block_m, warps = _tile(q, v)
-    block_m = min(block_m, 64)
+    """The gradients of q, k and v; where readers of a key are split, their sums in any order."""
+    batch, heads, n_tokens, head_dim = q.shape
+    row_delta = delta(out, grad_out, grad_lse)
+    sizes = (head_dim, v.shape[3], q.element_size())
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
-    _range_query_gradient_kernel[(batch * heads * triton.cdiv(n_tokens, block_m),)](
-        q, k, v, grad_out, lse, delta, first, end, dq, *strides, scale, n_tokens,
-        *_problem(q, k, v, heads), block_m, BLOCK_N, num_warps=warps, num_stages=2,
+    dq = q.new_empty(q.shape)
+    tiles = query_gradient_tiles(*sizes)
+    _range_query_gradient_kernel[(batch * heads * triton.cdiv(n_tokens, tiles.block_m),)](
+        q, k, v, grad_out, lse, row_delta, first, end, dq, *strides, scale, n_tokens,
+        *_problem(q, k, v, heads), tiles.block_m, tiles.block_n,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    tiles = key_gradient_tiles(*sizes)
+    kv_heads, n_keys = k.shape[1], k.shape[2]
     # both ends of the ranges ascend, so the readers of a tile of keys are a range of tokens
-    edges = torch.arange(0, k.shape[2], BLOCK_N, device=q.device, dtype=torch.int32)
-    last = (edges + BLOCK_N).clamp(max=k.shape[2]) - 1
+    edges = torch.arange(0, n_keys, tiles.block_n, device=q.device, dtype=torch.int32)
+    last = (edges + tiles.block_n).clamp(max=n_keys) - 1
     readers = torch.cat(
         [torch.searchsorted(end, edges, right=True), torch.searchsorted(first, last, right=True)]
     ).int()
-    _range_key_gradient_kernel[(batch * k.shape[1] * edges.numel(),)](
-        q, k, v, grad_out, lse, delta, first, end, readers, dk, dv, *strides, scale, n_tokens,
-        k.shape[2], *_problem(q, k, v, k.shape[1]), block_m, BLOCK_N, num_warps=warps, num_stages=2,
+    rows = batch * kv_heads
+    most = n_tokens * (heads // kv_heads) // (tiles.block_m * SHORTEST)
+    n_programs = rows * edges.numel()
+    n_splits = max(1, min(PROGRAMS // max(1, n_programs), most))
+    buffer = q.new_zeros if n_splits > 1 else q.new_empty
+    dk, dv = (buffer(x.shape, dtype=torch.float32) for x in (k, v))
+    _range_key_gradient_kernel[(n_programs * n_splits,)](
+        q, k, v, grad_out, lse, row_delta, first, end, readers, dk, dv, *strides, scale, n_tokens,
+        n_keys, rows, n_splits, *_problem(q, k, v, kv_heads), tiles.block_m, tiles.block_n,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    return dq, dk, dv
-
-
-def _tile(q: Tensor, v: Tensor) -> tuple[int, int]:
-    """Tokens of a tile, and warps."""
-    row_bytes = triton.next_power_of_2(max(q.shape[3], v.shape[3])) * q.element_size()
-    return (128, 8) if row_bytes <= 256 else (64, 4) if row_bytes <= 512 else (32, 4)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[int | str, ...]:

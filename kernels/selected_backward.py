@@ -9,7 +9,6 @@ Source: loop order of FSA (Flash Sparse Attention, Yan et al., 2025, section 3),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.delta import delta
 from sparse_compile.kernels.selected_lists import (
     Geometry,
     build_lists,
@@ -24,12 +24,12 @@ from sparse_compile.kernels.selected_lists import (
     read_entry,
     read_item,
     read_position,
-    read_rows,
+    span,
+    widened,
 )
 
+SUMMED_ROWS = 8  # of a program
 SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
-DELTA_ROWS = 32  # of a program
-MERGED_NUMBERS = 2**14  # of partial results that a program holds
 
 
 class Tiles(NamedTuple):
@@ -44,36 +44,14 @@ class Tiles(NamedTuple):
 def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> Tiles:
     """Tiles that run everywhere."""
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
-    block_m = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    return Tiles(block_m, max(1, 16 * block_m // group), 4, 2 if row_bytes <= 256 else 1)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _delta_kernel(
-    out_ptr, grad_ptr, grad_lse_ptr, delta_ptr,
-    stride_g_b, stride_g_h, stride_g_t, stride_g_d, T, n_rows,
-    HEADS: tl.constexpr, DV: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Sums dO * O over every row, less the gradient of the log-sum-exp."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # row of [B, Hq, T]
-    live = at < n_rows
-    dv = tl.arange(0, BLOCK_DV)
-    there = live[:, None] & (dv[None, :] < DV)
-    out = tl.load(out_ptr + at[:, None] * DV + dv[None, :], mask=there, other=0.0)
-    bh = at // T
-    g_at = (bh // HEADS) * stride_g_b + (bh % HEADS) * stride_g_h + (at % T) * stride_g_t
-    grad = tl.load(grad_ptr + g_at[:, None] + dv[None, :] * stride_g_d, mask=there, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + at, mask=live, other=0.0)
-    tl.store(delta_ptr + at, delta, mask=live)
+    block_m = 32 if row_bytes <= 512 else 16
+    return Tiles(block_m, max(1, 32 * block_m // group), 4, 1)
 
 
 @triton.jit(do_not_specialize=["T", "S", "n_blocks", "first_chunk", "end_chunk", "chunk_size"])
-def _slot_backward_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, entries_ptr, items_ptr, first_item_ptr,
-    blocks_ptr, part_ptr, dk_ptr, dv_ptr,
+def _gradient_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, entries_ptr, items_ptr,
+    first_item_ptr, blocks_ptr, part_ptr, dk_ptr, dv_ptr,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
@@ -81,20 +59,23 @@ def _slot_backward_kernel(
     scale, T, S, n_blocks, first_chunk, end_chunk, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program gives the gradients of its KV block from an item's rows, and dQ by slots."""
+    """One program gives the gradients of its KV block from an item's rows, and dQ by slots.
+
+    That of the queries is not yet scaled.
+    """
     item = tl.load(first_item_ptr + first_chunk) + tl.program_id(0)
-    there = item < tl.load(first_item_ptr + end_chunk)
-    row, first, end, first_key, end_key = read_item(
-        items_ptr, blocks_ptr, item, there, S, n_blocks, BLOCK_SIZE, PACKED
-    )
-    if not there:
+    if item >= tl.load(first_item_ptr + end_chunk):
         return
+    n_chunks = tl.cdiv(T, chunk_size)
+    chunk_start = first_chunk % n_chunks * chunk_size
+    row, first, end, first_key, end_key = read_item(
+        items_ptr, blocks_ptr, item, True, S, n_blocks, BLOCK_SIZE, PACKED
+    )
     b, h = row // HEADS, row % HEADS
     shift = 0 if PACKED else S - T
-    n_chunks = tl.cdiv(T, chunk_size)
-    chunk_start = (first_chunk % n_chunks) * chunk_size
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     e = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
     key = first_key + tl.arange(0, BLOCK_SIZE)  # [BLOCK_SIZE]
@@ -108,42 +89,49 @@ def _slot_backward_kernel(
     v = tl.load(v_at + e[None, :] * stride_v_d, mask=in_v, other=0.0)  # [BLOCK_SIZE, BLOCK_DV]
     q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
     g_base = grad_ptr + b * stride_g_b + h * GROUP * stride_g_h
-    scratch_base = (row - first_chunk // n_chunks) * chunk_size * K * GROUP
+    lse_base = lse_ptr + row * GROUP * T
+    delta_base = delta_ptr + row * GROUP * T
+    part_base = part_ptr + (row - first_chunk // n_chunks) * chunk_size * K * GROUP * D
     dk = tl.zeros([BLOCK_SIZE, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_SIZE, BLOCK_DV], tl.float32)
     for tile in tl.range(0, (end - first) * GROUP, BLOCK_M, num_stages=STAGES):
-        live, token, head, scratch = read_rows(
-            entries_ptr, first, end, tile, chunk_start, K, GROUP, BLOCK_M
-        )
+        r = tile + tl.arange(0, BLOCK_M)  # row of the item: entry, head of the group
+        live = first + r // GROUP < end
+        code = tl.load(entries_ptr + first + r // GROUP, mask=live, other=0)
+        head, token = r % GROUP, code // K
+        q_at = widened(head, WIDE) * stride_q_h + widened(token, WIDE) * stride_q_t
         in_q = live[:, None] & (d[None, :] < D)
-        q_at = q_base + head.to(tl.int64) * stride_q_h + token.to(tl.int64) * stride_q_t
-        q = tl.load(q_at[:, None] + d[None, :] * stride_q_d, mask=in_q, other=0.0)
-        g_at = g_base + head.to(tl.int64) * stride_g_h + token.to(tl.int64) * stride_g_t
+        q = tl.load(
+            q_base + (q_at[:, None] + d[None, :] * stride_q_d), mask=in_q, other=0.0
+        )  # [BLOCK_M, BLOCK_D]
+        g_at = widened(head, WIDE) * stride_g_h + widened(token, WIDE) * stride_g_t
         grad = tl.load(
-            g_at[:, None] + e[None, :] * stride_g_d,
+            g_base + (g_at[:, None] + e[None, :] * stride_g_d),
             mask=live[:, None] & (e[None, :] < DV), other=0.0,
         )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
-        of = (row * GROUP + head) * T + token
-        lse = tl.load(lse_ptr + of, mask=live, other=0.0)
-        delta = tl.load(delta_ptr + of, mask=live, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        visible = live[:, None] & keep[None, :]
+        of = head * T + token
+        lse = tl.load(lse_base + of, mask=live, other=0.0)
+        delta = tl.load(delta_base + of, mask=live, other=0.0)
+        # keys down and rows across: the weights go into the products as they lie in registers
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_SIZE, BLOCK_M]
+        visible = live[None, :] & keep[:, None]
         if CAUSAL:
-            visible = visible & (key[None, :] <= (token + shift)[:, None])
+            visible = visible & (key[:, None] <= (token + shift)[None, :])
         # the difference is small, so only its rounding counts, not that of large logits
-        p = tl.exp2((s - lse[:, None]) * 1.4426950408889634)  # [BLOCK_M, BLOCK_SIZE]
+        p = tl.exp2((s * scale - lse[None, :]) * 1.4426950408889634)
         p = tl.where(visible, p, 0.0)
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
-        dv += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
-        dk += tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        dq = tl.dot(ds, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :])).to(k.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))  # [BLOCK_M, BLOCK_D]
+        place = widened(code - chunk_start * K, WIDE) * GROUP + head
         tl.store(
-            part_ptr + (scratch_base + scratch)[:, None] * D + d[None, :],
-            dq.to(part_ptr.dtype.element_ty), mask=in_q,
+            part_base + (place[:, None] * D + d[None, :]), dq.to(part_ptr.dtype.element_ty),
+            mask=in_q,
         )  # fmt: skip
     dk_at = dk_ptr + (row * S + at)[:, None] * D + d[None, :]
-    tl.atomic_add(dk_at, dk, mask=in_k, sem="relaxed")
+    tl.atomic_add(dk_at, dk * scale, mask=in_k, sem="relaxed")
     dv_at = dv_ptr + (row * S + at)[:, None] * DV + e[None, :]
     tl.atomic_add(dv_at, dv, mask=in_v, sem="relaxed")
 
@@ -151,38 +139,40 @@ def _slot_backward_kernel(
 @triton.jit(do_not_specialize=["T", "S", "first_chunk", "chunk_size"])
 def _sum_slots_kernel(
     part_ptr, indices_ptr, rows_ptr, dq_ptr,
-    stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S, first_chunk, chunk_size,
+    stride_i_b, stride_i_h, stride_i_t, stride_i_k, scale, T, S, first_chunk, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums the slots of BLOCK_M rows of dQ."""
-    n_tiles = tl.cdiv(chunk_size * GROUP, BLOCK_M)
+    """One program sums the slots of BLOCK_R rows of dQ."""
+    per_row = tl.cdiv(chunk_size * GROUP, BLOCK_R)
     n_chunks = tl.cdiv(T, chunk_size)
-    in_launch = (tl.program_id(0) // n_tiles).to(tl.int64)
+    in_launch = (tl.program_id(0) // per_row).to(tl.int64)
     row = in_launch + first_chunk // n_chunks
-    r = (tl.program_id(0) % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    chunk_start = first_chunk % n_chunks * chunk_size
+    scratch_base = in_launch * chunk_size * K * GROUP
+    r = tl.program_id(0) % per_row * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     in_chunk, head = r // GROUP, r % GROUP
-    token = (first_chunk % n_chunks) * chunk_size + in_chunk
+    token = chunk_start + in_chunk
     live = (in_chunk < chunk_size) & (token < T)
     d = tl.arange(0, BLOCK_D)
-    slot = tl.arange(0, BLOCK_K)
     position, n_keys, _base, _first = read_position(rows_ptr, token, T, S, PACKED)
-    _block, listed = read_entry(
-        indices_ptr, row, token[:, None], slot[None, :], live[:, None] & (slot[None, :] < K),
-        position[:, None], n_keys[:, None], stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-        HEADS, BLOCK_SIZE, CAUSAL, PACKED, False,
-    )  # fmt: skip
-    place = (in_launch * chunk_size + in_chunk) * K * GROUP + head  # [BLOCK_M] int64
-    place = place[:, None] + slot[None, :] * GROUP  # [BLOCK_M, BLOCK_K]
-    part = tl.load(
-        part_ptr + place[:, :, None] * D + d[None, None, :],
-        mask=listed[:, :, None] & (d[None, None, :] < D), other=0.0,
-    )  # [BLOCK_M, BLOCK_K, BLOCK_D]  # fmt: skip
-    acc = tl.sum(part.to(tl.float32), 1)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    place = scratch_base + in_chunk * K * GROUP + head
+    for slot in tl.static_range(K):
+        _block, listed = read_entry(
+            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+            HEADS, BLOCK_SIZE, CAUSAL, PACKED, False,
+        )  # fmt: skip
+        part = tl.load(
+            part_ptr + (place + slot * GROUP)[:, None] * D + d[None, :],
+            mask=listed[:, None] & (d[None, :] < D), other=0.0,
+        )  # [BLOCK_R, BLOCK_D]  # fmt: skip
+        acc += part.to(tl.float32)
     to = (row * GROUP + head) * T + token
     tl.store(
-        dq_ptr + to[:, None] * D + d[None, :], acc.to(dq_ptr.dtype.element_ty),
+        dq_ptr + to[:, None] * D + d[None, :], (acc * scale).to(dq_ptr.dtype.element_ty),
         mask=live[:, None] & (d[None, :] < D),
     )  # fmt: skip
 
@@ -204,47 +194,33 @@ def backward(
         chunk=chunks.tokens, length=tiles.length,
     )  # fmt: skip
     block_d, block_dv = _padded(head_dim), _padded(value_dim)
-    delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(lse.numel(), DELTA_ROWS),)](
-        out, grad_out, lse if grad_lse is None else grad_lse.contiguous(), delta,
-        *grad_out.stride(), n_tokens, lse.numel(),
-        query_heads, value_dim, grad_lse is not None, block_dv, DELTA_ROWS,
-    )  # fmt: skip
+    row_delta = delta(out, grad_out, grad_lse)
     dq = q.new_empty(q.shape)
     dk = q.new_zeros(k.shape, dtype=torch.float32)
     dv = q.new_zeros(v.shape, dtype=torch.float32)
     part = q.new_empty((chunks.rows * chunks.tokens * n_slots * group, head_dim))
+    widest = max(span(q[0, :group]), span(grad_out[0, :group]), part.numel(), group * n_tokens)
+    per_row = triton.cdiv(chunks.tokens * group, SUMMED_ROWS)
     common = (block_size, causal, place.packed)
-    block_k = triton.next_power_of_2(n_slots)
-    merged = _merged_rows(block_k, block_d)
-    for first, end in _launches(rows * lists.n_chunks, chunks.rows):
-        sizes = (n_tokens, n_keys, place.n_blocks, first, end, chunks.tokens)
-        _slot_backward_kernel[((end - first) * lists.max_items,)](
-            q, k, v, grad_out, lse, delta, lists.entries, lists.items, lists.first_item,
+    n_chunks = rows * lists.n_chunks
+    for first in range(0, n_chunks, chunks.rows):
+        end = min(first + chunks.rows, n_chunks)
+        _gradient_kernel[((end - first) * lists.max_items,)](
+            q, k, v, grad_out, lse, row_delta, lists.entries, lists.items, lists.first_item,
             place.blocks, part, dk, dv,
-            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), scale, *sizes,
-            heads, group, n_slots, head_dim, value_dim, *common, _precision(q),
+            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(),
+            scale, n_tokens, n_keys, place.n_blocks, first, end, chunks.tokens,
+            heads, group, n_slots, head_dim, value_dim, *common,
+            "ieee" if q.dtype == torch.float32 else "tf32", widest >= 2**31,
             block_d, block_dv, tiles.block_m, tiles.num_stages, num_warps=tiles.num_warps,
         )  # fmt: skip
-        _sum_slots_kernel[((end - first) * triton.cdiv(chunks.tokens * group, merged),)](
+        _sum_slots_kernel[((end - first) * per_row,)](
             part, block_indices, place.rows, dq, *block_indices.stride(),
-            n_tokens, n_keys, first, chunks.tokens,
-            heads, group, n_slots, head_dim, *common, block_k, block_d, merged,
+            scale, n_tokens, n_keys, first, chunks.tokens,
+            heads, group, n_slots, head_dim, *common, block_d, SUMMED_ROWS,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _launches(n_chunks: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + step, n_chunks)) for first in range(0, n_chunks, step))
-
-
-def _merged_rows(block_k: int, width: int) -> int:
-    return max(1, MERGED_NUMBERS // (block_k * width))
-
-
 def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
-
-
-def _precision(q: Tensor) -> str:
-    return "ieee" if q.dtype == torch.float32 else "tf32"

@@ -27,6 +27,8 @@ from sparse_compile.kernels.selected_lists import (
     read_entry,
     read_item,
     read_position,
+    span,
+    widened,
 )
 
 
@@ -137,12 +139,6 @@ def _local_kernel(
 
 
 @triton.jit
-def _wide(index, WIDE: tl.constexpr):
-    """An index as it must be before it meets a stride: 64 bits where offsets need them."""
-    return index.to(tl.int64) if WIDE else index
-
-
-@triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, entries_ptr, items_ptr, blocks_ptr, part_ptr, part_lse_ptr,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
@@ -185,12 +181,12 @@ def _attend(
     for _ in range(0, (end - first) * GROUP, BLOCK_M):
         live = first + r // GROUP < end
         head, token = r % GROUP, code // K
-        q_at = _wide(head, WIDE) * stride_q_h + _wide(token, WIDE) * stride_q_t
+        q_at = widened(head, WIDE) * stride_q_h + widened(token, WIDE) * stride_q_t
         q = tl.load(
             q_base + (q_at[:, None] + d[None, :] * stride_q_d),
             mask=live[:, None] & (d[None, :] < D), other=0.0,
         )  # [BLOCK_M, BLOCK_D]  # fmt: skip
-        place = _wide(code - chunk_start * K, WIDE) * GROUP + head
+        place = widened(code - chunk_start * K, WIDE) * GROUP + head
         r += BLOCK_M
         there = first + r // GROUP < end
         code = tl.load(entries_ptr + first + r // GROUP, mask=there, other=0)  # of the next tile
@@ -294,7 +290,7 @@ def _slots_kernel(
     """
     n_chunks = tl.cdiv(T, chunk_size)
     program = tl.program_id(0).to(tl.int64)
-    merge = program * n_merges // tl.num_programs(0)
+    merge = program * n_merges // tl.num_programs(0)  # programs before this one that merge
     if (program + 1) * n_merges // tl.num_programs(0) > merge:
         per_row = tl.cdiv(chunk_size * GROUP, BLOCK_R)
         in_launch = merge // per_row
@@ -377,11 +373,10 @@ def forward(
     part = q.new_empty((2, chunks.rows * chunks.tokens * n_slots * group, value_dim))
     part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
     per_row = triton.cdiv(chunks.tokens * group, tiles.merged)
-    wide = max(_span(q[0, :group]), part[0].numel()) >= 2**31
-    n_all, before = rows * lists.n_chunks, 0
-    for number, first in enumerate(range(0, n_all + chunks.rows, chunks.rows)):
-        end = min(first + chunks.rows, n_all)
-        first = min(first, n_all)
+    wide = max(span(q[0, :group]), part[0].numel()) >= 2**31
+    n_chunks, before = rows * lists.n_chunks, 0
+    for number, first in enumerate(range(0, n_chunks + chunks.rows, chunks.rows)):
+        first, end = min(first, n_chunks), min(first + chunks.rows, n_chunks)
         n_merges = (first - before) * per_row
         _slots_kernel[((end - first) * lists.max_items + n_merges,)](
             q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
@@ -394,11 +389,6 @@ def forward(
         )  # fmt: skip
         before = first
     return out, lse
-
-
-def _span(x: Tensor) -> int:
-    """Elements from the first of a tensor to its last."""
-    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _padded(size: int) -> int:

@@ -71,6 +71,11 @@ def cut(
     return Chunks(-(-n_tokens // n_chunks), 1)
 
 
+def span(x: Tensor) -> int:
+    """Elements from the first of a tensor to its last."""
+    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+
+
 def geometry(
     n_queries: int, n_keys: int, block_size: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> Geometry:
@@ -167,18 +172,9 @@ def read_item(
 
 
 @triton.jit
-def read_rows(
-    entries_ptr, first, end, tile, chunk_start,
-    K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """The rows of a tile: (alive, token, head in the group, row of the scratch), each [BLOCK_M]."""
-    r = tile + tl.arange(0, BLOCK_M)
-    entry = first + r // GROUP
-    live = entry < end
-    code = tl.load(entries_ptr + entry, mask=live, other=0)
-    token = code // K
-    scratch = (code - chunk_start * K).to(tl.int64) * GROUP + r % GROUP
-    return live, token, r % GROUP, scratch
+def widened(index, WIDE: tl.constexpr):
+    """An index as it must be before it meets a stride: 64 bits where offsets need them."""
+    return index.to(tl.int64) if WIDE else index
 
 
 @triton.jit(do_not_specialize=["T", "S", "n_blocks"])
