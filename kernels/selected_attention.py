@@ -14,7 +14,7 @@ from sparse_compile.kernels import selected_cpu
 
 OP = "sparse_compile::selected_attention"
 BACKWARD_OP = "sparse_compile::selected_attention_backward"
-LOOP_ORDERS = ("query_major", "kv_major")
+LOOP_ORDERS = ("query_major", "kv_major", "tile_union")
 
 torch.library.define(
     OP,
@@ -98,9 +98,18 @@ def launch_backward(
 
 def _loop_order(name: str) -> ModuleType:
     # imported here: Triton takes long to load
-    from sparse_compile.kernels import selected_kv_major, selected_query_major
+    from sparse_compile.kernels import (
+        selected_kv_major,
+        selected_query_major,
+        selected_tile_union,
+    )
 
-    return {"query_major": selected_query_major, "kv_major": selected_kv_major}[name]
+    modules = {
+        "query_major": selected_query_major,
+        "kv_major": selected_kv_major,
+        "tile_union": selected_tile_union,
+    }
+    return modules[name]
 
 
 torch.library.impl(OP, "cpu", _forward_cpu)

@@ -216,11 +216,11 @@ def _merge(
     scratch_base,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    STARTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Merges the slots of BLOCK_R rows (token, head of the group) of a KV head.
 
-    If LOCAL, what `_local_kernel` wrote to the output is one slot more.
+    If STARTED, what an earlier kernel wrote to the output is one slot more.
     """
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     in_chunk, head = r // GROUP, r % GROUP
@@ -231,40 +231,19 @@ def _merge(
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     out_at = out_ptr + to[:, None] * DV + dv[None, :]
     in_out = live[:, None] & (dv[None, :] < DV)
-    place = scratch_base + in_chunk * K * GROUP + head  # [BLOCK_R]
-    highest = tl.full([BLOCK_R], -float("inf"), tl.float32)
-    if LOCAL:
-        highest = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
-    local_lse = highest
-    for slot in tl.static_range(K):
-        _block, listed = read_entry(
-            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
-            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
-        )  # fmt: skip
-        at = part_lse_ptr + place + slot * GROUP
-        highest = tl.maximum(highest, tl.load(at, mask=listed, other=-float("inf")))
+    highest = tl.max(part_lse, 1)
+    if STARTED:
+        before_lse = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
+        highest = tl.maximum(highest, before_lse)
     reference = tl.where(highest == -float("inf"), 0.0, highest)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-    if LOCAL:
-        total = tl.exp2(local_lse - reference)
-        acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32) * total[:, None]
-    for slot in tl.static_range(K):
-        _block, listed = read_entry(
-            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
-            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
-        )  # fmt: skip
-        at = place + slot * GROUP
-        part_lse = tl.load(part_lse_ptr + at, mask=listed, other=-float("inf"))
-        part = tl.load(
-            part_ptr + at[:, None] * DV + dv[None, :],
-            mask=listed[:, None] & (dv[None, :] < DV), other=0.0,
-        )  # [BLOCK_R, BLOCK_DV]  # fmt: skip
-        weight = tl.exp2(part_lse - reference)
-        total += weight
-        acc += part.to(tl.float32) * weight[:, None]
+    weight = tl.exp2(part_lse - reference[:, None])
+    total = tl.sum(weight, 1)
+    acc = tl.sum(part.to(tl.float32) * weight[:, :, None], 1)
+    if STARTED:
+        before_weight = tl.exp2(before_lse - reference)
+        total += before_weight
+        before = tl.load(out_at, mask=in_out, other=0.0)
+        acc += before.to(tl.float32) * before_weight[:, None]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
@@ -281,8 +260,8 @@ def _slots_kernel(
     scale, T, S, n_blocks, first, end, merge_first, n_merges, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    STARTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Attends in the chunks from `first` to `end`, and merges what the launch before attended with.
 
@@ -314,6 +293,23 @@ def _slots_kernel(
                 HEADS, GROUP, K, D, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, PRECISION,
                 WIDE, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
+            tl.debug_barrier()
+            tl.atomic_add(done_items_ptr + stage, 1, sem="release")
+        else:
+            chunk = stage - 1
+            before = tl.load(first_item_ptr + chunk)
+            _wait(done_items_ptr + chunk, tl.load(first_item_ptr + chunk + 1) - before)
+            _merge(
+                part_ptr, part_lse_ptr, indices_ptr, rows_ptr, out_ptr, lse_ptr,
+                stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
+                number - (end - first), (chunk // n_chunks).to(tl.int64),
+                (chunk % n_chunks) * chunk_size, chunk_size, (chunk % RING) * chunk_rows,
+                HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, STARTED,
+                BLOCK_K, BLOCK_DV, BLOCK_R,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.atomic_add(done_merges_ptr + chunk, 1, sem="release")
+        task = tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 
 SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
@@ -345,51 +341,85 @@ def forward(
     """The output [B, Hq, T, Dv] and its natural log-sum-exp [B, Hq, T] in float32."""
     batch, query_heads, n_tokens, head_dim = q.shape
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    group, n_slots = query_heads // heads, block_indices.shape[3]
+    out = q.new_empty((batch, query_heads, n_tokens, value_dim))
+    lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
+    local = causal and n_keys >= n_tokens
+    if local:
+        n_tiles = triton.cdiv(n_tokens + (place.shift % LOCAL_TOKENS), LOCAL_TOKENS)
+        _local_kernel[(batch * query_heads * n_tiles,)](
+            q, k, v, block_indices, place.rows, out, lse,
+            *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
+            scale, n_tokens, n_keys,
+            heads, group, n_slots, head_dim, value_dim, block_size, place.packed, _precision(q),
+            triton.next_power_of_2(n_slots), _padded(head_dim), _padded(value_dim),
+            LOCAL_TOKENS, min(64, block_size), num_stages=1,
+        )  # fmt: skip
+    attend(
+        q, k, v, block_indices, place, out, lse, block_size=block_size, scale=scale,
+        causal=causal, local=local, started=local, expected_slots=n_slots,
+    )  # fmt: skip
+    return out, lse
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, place: Geometry,
+    out: Tensor, lse: Tensor, *, block_size: int, scale: float, causal: bool,
+    local: bool, started: bool, expected_slots: int,
+) -> None:  # fmt: skip
+    """Attend to what tokens selected, a KV block at a time; writes the output.
+
+    Args:
+        q: Queries [B, Hq, T, D].
+        k: Keys [B, Hkv, S, D].
+        v: Values [B, Hkv, S, Dv].
+        block_indices: KV blocks of each token in any order, -1 anywhere, [B, Hkv, T, K] int32.
+        place: Where tokens and KV blocks are.
+        out: Where to write the output [B, Hq, T, Dv].
+        lse: Where to write its natural log-sum-exp [B, Hq, T].
+        block_size: Keys in a KV block.
+        scale: Multiplies the scores.
+        causal: Whether a query reads only keys up to its own position.
+        local: Whether to leave out what `read_entry` calls local.
+        started: Whether `out` and `lse` (of base 2) hold attention to other keys, to be merged.
+        expected_slots: How many KV blocks of a token to expect, for the size of chunks.
+    """
+    batch, query_heads, n_tokens, head_dim = q.shape
+    heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
     tiles = default_tiles(head_dim, value_dim, group, q.element_size())
     bytes_ = value_dim * q.element_size() + 4
-    chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES // 2)
-    local = causal and n_keys >= n_tokens
+    chunk = chunk_tokens(n_tokens, group, place.n_blocks, expected_slots, bytes_)
     lists = build_lists(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=local,
-        chunk=chunks.tokens, length=tiles.length,
+        chunk=chunk, length=tiles.length,
     )  # fmt: skip
-    out = q.new_empty((batch, query_heads, n_tokens, value_dim))
-    lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
-    block_d, block_dv = _padded(head_dim), _padded(value_dim)
-    block_k = triton.next_power_of_2(n_slots)
-    problem = (heads, group, n_slots, head_dim, value_dim, block_size)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    if local:
-        n_tiles = triton.cdiv(n_tokens + (place.shift % LOCAL_TOKENS), LOCAL_TOKENS)
-        _local_kernel[(rows * group * n_tiles,)](
-            q, k, v, block_indices, place.rows, out, lse,
-            *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
-            scale, n_tokens, n_keys, *problem, place.packed, precision,
-            block_k, block_d, block_dv, LOCAL_TOKENS, min(64, block_size),
-            num_stages=1, maxnreg=tiles.registers,
-        )  # fmt: skip
-    # one half is written while the other is read
-    part = q.new_empty((2, chunks.rows * chunks.tokens * n_slots * group, value_dim))
-    part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
-    per_row = triton.cdiv(chunks.tokens * group, tiles.merged)
-    wide = max(span(q[0, :group]), part[0].numel()) >= 2**31
-    n_chunks, before = rows * lists.n_chunks, 0
-    for number, first in enumerate(range(0, n_chunks + chunks.rows, chunks.rows)):
-        first, end = min(first, n_chunks), min(first + chunks.rows, n_chunks)
-        n_merges = (first - before) * per_row
-        _slots_kernel[((end - first) * lists.max_items + n_merges,)](
-            q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
-            place.blocks, part[number % 2], part_lse[number % 2],
-            part[1 - number % 2], part_lse[1 - number % 2], out, lse,
-            *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
-            scale, n_tokens, n_keys, place.n_blocks, first, end, before, n_merges, chunks.tokens,
-            *problem, causal, place.packed, local, precision, wide, block_d, block_dv,
-            tiles.block_m, tiles.merged, num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers,
-        )  # fmt: skip
-        before = first
-    return out, lse
+    part = q.new_empty((RING * chunk * n_slots * group, value_dim))
+    part_lse = q.new_empty(part.shape[0], dtype=torch.float32)
+    counters = torch.zeros(1 + 2 * rows * lists.n_chunks, dtype=torch.int32, device=q.device)
+    block_k, block_dv = triton.next_power_of_2(n_slots), _padded(value_dim)
+    _forward_kernel[(PROGRAMS_PER_SM * n_multiprocessors(q.device),)](
+        q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
+        place.blocks, part, part_lse, counters, out, lse,
+        *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
+        scale, n_tokens, n_keys, place.n_blocks, rows, chunk,
+        heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
+        local, started, _precision(q), block_k, _padded(head_dim), block_dv,
+        tiles.block_m, max(1, MERGED_NUMBERS // (block_k * block_dv)), RING,
+        num_warps=tiles.num_warps, num_stages=1, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def n_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 on the CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
+
+
+def _precision(q: Tensor) -> str:
+    return "ieee" if q.dtype == torch.float32 else "tf32"

@@ -16,7 +16,7 @@ from sparse_compile.kernels import range_attention as _range  # noqa: F401 (regi
 from sparse_compile.kernels import select_top_k as _select  # noqa: F401
 from sparse_compile.kernels import selected_attention as _selected
 
-LoopOrder = Literal["query_major", "kv_major"]
+LoopOrder = Literal["query_major", "kv_major", "tile_union"]
 
 __all__ = [
     "LoopOrder",
@@ -61,8 +61,9 @@ def selected_attention(
         causal: Whether a query reads only keys up to its own position.
         cu_seqlens: Starts of sequences packed into one row and the end of the last, [n + 1] int32;
             B is 1 then, and T is S.
-        loop_order: `query_major` (a program owns a query token) or `kv_major` (a program owns a KV
-            block); chosen by the sizes if left out.
+        loop_order: `query_major` (a program owns a query token), `kv_major` (a program owns a KV
+            block) or `tile_union` (a program owns neighbouring query tokens and reads what they
+            share); chosen by the sizes if left out.
         return_lse: Whether to return the log-sum-exp too.
 
     Returns:

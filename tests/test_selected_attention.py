@@ -22,7 +22,7 @@ from tests.selected_cases import (
     reference,
 )
 
-WAYS = ("cpu", "kv_major", "query_major")
+WAYS = ("cpu", *selected.LOOP_ORDERS)
 CPU = torch.device("cpu")
 # the interpreter's bfloat16 products are wrong
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
