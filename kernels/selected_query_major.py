@@ -2,19 +2,47 @@
 
 It walks the KV blocks that the token selected, all heads of the group at once, with a running
 softmax. Every program reads its own keys and values, so what bounds it is their traffic; it wins in
-decoding and for large groups.
+decoding and for large groups. Keys are the rows of its products and heads the columns, since matrix
+units round rows up to 16 or 64 and columns only to 8. Where tokens are few, as in decoding, several
+programs share the KV blocks of one, and a second kernel merges what they found as FlashDecoding
+does.
 
 Source: loop order of NSA (Yuan et al., "Native Sparse Attention", 2025, section 3.4).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.selected_kv_major import n_multiprocessors
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
+
+MERGED_NUMBERS = 2**12  # of partial results that a program holds
+
+
+class Tiles(NamedTuple):
+    """What can be tuned."""
+
+    block_n: int  # keys of a step, at most a KV block
+    block_g: int  # heads of the group that a program works on at once
+    programs_per_sm: int  # below that many, programs share the KV blocks of a token
+    num_warps: int
+    num_stages: int
+
+
+def default_tiles(
+    head_dim: int, value_dim: int, group: int, block_size: int, itemsize: int
+) -> Tiles:
+    """Tiles that run everywhere: a step's keys and values take up to 32 KiB of shared memory."""
+    row_bytes = (_padded(head_dim) + _padded(value_dim)) * itemsize
+    block_n = max(16, min(block_size, 64, 2**15 // row_bytes))
+    block_g = min(64 if itemsize == 2 else 16, triton.next_power_of_2(group))
+    return Tiles(block_n, max(8, block_g), 4, 4, 3)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -26,23 +54,30 @@ def _query_kernel(
     stride_i_b, stride_i_h, stride_i_t, stride_i_k, scale, T, S,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_G: tl.constexpr,
-    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program attends with one token and the heads of one group."""
-    row = (tl.program_id(0) // T).to(tl.int64)
-    token = tl.program_id(0) % T
+    """One program attends with one token and BLOCK_G heads of a group to a share of the KV blocks.
+
+    The output is [B, Hq, T, SPLITS, Dv], the log-sum-exp [B, Hq, T, SPLITS].
+    """
+    n_parts: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    steps: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    split = tl.program_id(0) % SPLITS
+    part = tl.program_id(0) // SPLITS % n_parts
+    of = tl.program_id(0) // (SPLITS * n_parts)
+    row = (of // T).to(tl.int64)
+    token = of % T
     b, h = row // HEADS, row % HEADS
-    scale = scale * 1.4426950408889634
-    g = tl.arange(0, BLOCK_G)  # [BLOCK_G]
+    g = part * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dv = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-    n = tl.arange(0, BLOCK_SIZE)  # [BLOCK_SIZE]
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     q_at = q_ptr + b * stride_q_b + token.to(tl.int64) * stride_q_t
     q = tl.load(
-        q_at + (h * GROUP + g)[:, None] * stride_q_h + d[None, :] * stride_q_d,
-        mask=(g[:, None] < GROUP) & (d[None, :] < D), other=0.0,
-    )  # [BLOCK_G, BLOCK_D]  # fmt: skip
+        q_at + (h * GROUP + g)[None, :] * stride_q_h + d[:, None] * stride_q_d,
+        mask=(g[None, :] < GROUP) & (d[:, None] < D), other=0.0,
+    )  # [BLOCK_D, BLOCK_G]  # fmt: skip
     slot = tl.arange(0, BLOCK_K)
     position, n_keys, _, start = read_position(rows_ptr, token, T, S, PACKED)
     _block, listed = read_entry(
@@ -51,64 +86,129 @@ def _query_kernel(
     )  # fmt: skip
     # lists ascend and are padded on the right, so the slots that hold something come first
     n_listed = tl.sum(listed.to(tl.int32), 0)
+    share = tl.cdiv(n_listed, SPLITS)
+    first = split * share
+    n_steps = (tl.minimum(first + share, n_listed) - first) * steps
     end = start + n_keys
     if CAUSAL:
         end = tl.minimum(end, start + position + 1)
     i_at = indices_ptr + b * stride_i_b + h * stride_i_h + token.to(tl.int64) * stride_i_t
+    i_at += first * stride_i_k
     k_base = k_ptr + b * stride_k_b + h * stride_k_h
     v_base = v_ptr + b * stride_v_b + h * stride_v_h
     highest = tl.full([BLOCK_G], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-    for i in tl.range(0, n_listed, num_stages=STAGES):
-        key = start + tl.load(i_at + i * stride_i_k).to(tl.int32) * BLOCK_SIZE + n
+    acc = tl.zeros([BLOCK_DV, BLOCK_G], tl.float32)
+    for i in tl.range(0, n_steps, num_stages=STAGES):
+        block = tl.load(i_at + i // steps * stride_i_k).to(tl.int32)
+        key = start + block * BLOCK_SIZE + i % steps * BLOCK_N + n
         keep = key < end
         at = key.to(tl.int64)
         k = tl.load(
-            k_base + at[None, :] * stride_k_s + d[:, None] * stride_k_d,
-            mask=keep[None, :] & (d[:, None] < D), other=0.0,
-        )  # [BLOCK_D, BLOCK_SIZE]  # fmt: skip
+            k_base + at[:, None] * stride_k_s + d[None, :] * stride_k_d,
+            mask=keep[:, None] & (d[None, :] < D), other=0.0,
+        )  # [BLOCK_N, BLOCK_D]  # fmt: skip
         v = tl.load(
-            v_base + at[:, None] * stride_v_s + dv[None, :] * stride_v_d,
-            mask=keep[:, None] & (dv[None, :] < DV), other=0.0,
-        )  # [BLOCK_SIZE, BLOCK_DV]  # fmt: skip
-        s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_G, BLOCK_SIZE]
-        s = tl.where(keep[None, :], s, -float("inf"))
-        new = tl.maximum(highest, tl.max(s, 1))
-        p = tl.exp2(s - new[:, None])
-        shrink = tl.exp2(highest - new)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            v_base + at[None, :] * stride_v_s + dv[:, None] * stride_v_d,
+            mask=keep[None, :] & (dv[:, None] < DV), other=0.0,
+        )  # [BLOCK_DV, BLOCK_N]  # fmt: skip
+        s = tl.dot(k, q, input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_G]
+        s = tl.where(keep[:, None], s, -float("inf"))
+        new = tl.maximum(highest, tl.max(s, 0))
+        # natural until here, so the log-sum-exp is rounded as the scores are
+        p = tl.exp2((s - new[None, :]) * 1.4426950408889634)
+        shrink = tl.exp2((highest - new) * 1.4426950408889634)
+        total = total * shrink + tl.sum(p, 0)
+        acc = acc * shrink[None, :]
+        acc = tl.dot(v, p.to(v.dtype), acc, input_precision=PRECISION)
         highest = new
-    to = (row * GROUP + g) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    to = ((row * GROUP + g) * T + token) * SPLITS + split  # [BLOCK_G]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[None, :]
     tl.store(
-        out_ptr + to[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
-        mask=(g[:, None] < GROUP) & (dv[None, :] < DV),
+        out_ptr + to[None, :] * DV + dv[:, None], acc.to(out_ptr.dtype.element_ty),
+        mask=(g[None, :] < GROUP) & (dv[:, None] < DV),
     )  # fmt: skip
-    tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=g < GROUP)
+    tl.store(lse_ptr + to, highest + tl.log(total), mask=g < GROUP)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, n_rows,
+    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program merges the shares of BLOCK_R rows."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    split = tl.arange(0, BLOCK_S)
+    dv = tl.arange(0, BLOCK_DV)
+    live = r < n_rows
+    there = live[:, None] & (split[None, :] < SPLITS)
+    at = r[:, None] * SPLITS + split[None, :]
+    part_lse = tl.load(part_lse_ptr + at, mask=there, other=-float("inf"))  # [BLOCK_R, BLOCK_S]
+    part = tl.load(
+        part_ptr + at[:, :, None] * DV + dv[None, None, :],
+        mask=there[:, :, None] & (dv[None, None, :] < DV), other=0.0,
+    )  # [BLOCK_R, BLOCK_S, BLOCK_DV]  # fmt: skip
+    highest = tl.max(part_lse, 1)
+    reference = tl.where(highest == -float("inf"), 0.0, highest)
+    weight = tl.exp2((part_lse - reference[:, None]) * 1.4426950408889634)
+    total = tl.sum(weight, 1)
+    acc = tl.sum(part * weight[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(
+        out_ptr + r[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & (dv[None, :] < DV),
+    )  # fmt: skip
+    tl.store(lse_ptr + r, highest + tl.log(total), mask=live)
+
+
+def n_splits(n_programs: int, n_slots: int, wanted: int) -> int:
+    """Programs that share a token's KV blocks: as many as bring the programs to `wanted`.
+
+    Args:
+        n_programs: Without sharing.
+        n_slots: K; no program gets less than a KV block.
+        wanted: Programs that keep a device busy.
+    """
+    if n_programs >= wanted or n_programs == 0:
+        return 1
+    return min(n_slots, -(-wanted // n_programs))
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, place: Geometry,
-    *, block_size: int, scale: float, causal: bool,
+    *, block_size: int, scale: float, causal: bool, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output [B, Hq, T, Dv] and its natural log-sum-exp [B, Hq, T] in float32."""
     batch, query_heads, n_tokens, head_dim = q.shape
     heads, value_dim, n_slots = k.shape[1], v.shape[3], block_indices.shape[3]
     group = query_heads // heads
+    if tiles is None:
+        tiles = default_tiles(head_dim, value_dim, group, block_size, q.element_size())
     out = q.new_empty((batch, query_heads, n_tokens, value_dim))
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim))
-    block_bytes = block_size * (block_d + block_dv) * q.element_size()
-    _query_kernel[(batch * heads * n_tokens,)](
-        q, k, v, block_indices, place.rows, out, lse,
+    n_programs = batch * heads * n_tokens * triton.cdiv(group, tiles.block_g)
+    splits = n_splits(n_programs, n_slots, tiles.programs_per_sm * n_multiprocessors(q.device))
+    part, part_lse = out, lse
+    if splits > 1:
+        part = out.new_empty((*lse.shape, splits, value_dim), dtype=torch.float32)
+        part_lse = lse.new_empty((*lse.shape, splits))
+    _query_kernel[(n_programs * splits,)](
+        q, k, v, block_indices, place.rows, part, part_lse,
         *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
         scale, n_tokens, k.shape[2],
         heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
-        "ieee" if q.dtype == torch.float32 else "tf32",
-        triton.next_power_of_2(n_slots), block_d, block_dv, max(16, triton.next_power_of_2(group)),
-        max(1, min(3, 2**17 // block_bytes)), num_warps=4,
+        "ieee" if q.dtype == torch.float32 else "tf32", splits, triton.next_power_of_2(n_slots),
+        _padded(head_dim), _padded(value_dim), tiles.block_n, tiles.block_g, tiles.num_stages,
+        num_warps=tiles.num_warps,
     )  # fmt: skip
+    if splits > 1:
+        block_s, block_dv = triton.next_power_of_2(splits), _padded(value_dim)
+        block_r = max(1, MERGED_NUMBERS // (block_s * block_dv))
+        _merge_kernel[(triton.cdiv(lse.numel(), block_r),)](
+            part, part_lse, out, lse, lse.numel(), value_dim, splits, block_s, block_dv, block_r
+        )
     return out, lse
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))

@@ -35,6 +35,7 @@ class Tiles(NamedTuple):
     shared: int  # the fewest tokens of a tile that share a KV block which the tile reads; 1: all
     num_warps: int
     num_stages: int
+    registers: int  # of a thread at most
 
 
 class Unions(NamedTuple):
@@ -55,11 +56,12 @@ def default_tiles(
     tokens', which write and read partial results: so 16 must share it.
     """
     if itemsize > 2:  # without matrix units, products live in registers
-        return Tiles(16, 1, 16, 4, 4, 1)
+        return Tiles(16, 1, 16, 4, 4, 1, 255)
     block_g = min(2, group)
     if max(head_dim, value_dim) > 128:
-        return Tiles(64, block_g, min(block_size, 32), 16, 8, 2)
-    return Tiles(64, block_g, min(block_size, 64), 16, 4 * block_g, 2)
+        return Tiles(64, block_g, min(block_size, 32), 16, 8, 2, 255)
+    # with 128 registers two programs of eight warps share a multiprocessor
+    return Tiles(64, block_g, min(block_size, 64), 16, 4 * block_g, 2, 255 if group == 1 else 128)
 
 
 def pad_before(shift: int, block_t: int) -> int:
@@ -269,7 +271,8 @@ def forward(
         heads, group, head_dim, value_dim, block_size, causal, place.packed, unions.rest is None,
         "ieee" if q.dtype == torch.float32 else "tf32",
         *(max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim)),
-        tiles.block_t, tiles.block_g, tiles.block_n, tiles.num_stages, num_warps=tiles.num_warps,
+        tiles.block_t, tiles.block_g, tiles.block_n, tiles.num_stages,
+        num_warps=tiles.num_warps, maxnreg=tiles.registers,
     )  # fmt: skip
     if unions.rest is not None:
         selected_kv_major.attend(
