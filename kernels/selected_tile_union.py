@@ -281,3 +281,21 @@ def forward(
             expected_slots=-(-block_indices.shape[3] // REST),
         )  # fmt: skip
     return out, lse
+
+
+def count(
+    block_indices: Tensor, place: Geometry, n_keys: int,
+    *, block_size: int, causal: bool, block_t: int, shared: int,
+) -> Tensor:  # fmt: skip
+    """How many KV blocks the tiles would read and how many selections they would leave, int64 [2].
+
+    It stays on the device: what a cost model needs to compare this loop order with others. The
+    arguments are those of `build_unions`.
+    """
+    unions = build_unions(
+        block_indices, place, n_keys, block_size=block_size, causal=causal, block_t=block_t,
+        shared=shared,
+    )  # fmt: skip
+    read = unions.counts.sum()
+    left = torch.zeros_like(read) if unions.rest is None else (unions.rest >= 0).sum()
+    return torch.stack([read, left])

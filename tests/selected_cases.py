@@ -1,6 +1,7 @@
 """Sizes, inputs and natural errors of selected attention, for its tests on the CPU and the GPU."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,7 @@ class Case:
     layout: str = "contiguous"
     scale: float = 0.25
     std: float = 1.0
+    neighbours: int = 1  # tokens in a row that select mostly the same
 
     def cu_seqlens(self, device: torch.device) -> Tensor | None:
         if not self.lengths:
@@ -51,7 +53,12 @@ class Case:
         longest = max(self.lengths) if self.lengths else self.keys
         n_blocks = -(-longest // self.block)
         shape = (self.batch, self.heads, self.queries)
-        order = torch.rand(*shape, n_blocks).argsort(-1)[..., : self.slots]
+        wish = torch.rand(*shape, n_blocks)
+        if self.neighbours > 1:
+            common = torch.rand(*shape[:2], -(-self.queries // self.neighbours), n_blocks)
+            common = common.repeat_interleave(self.neighbours, dim=2)[:, :, : self.queries]
+            wish = common + wish / n_blocks
+        order = wish.argsort(-1)[..., : self.slots]
         order = torch.nn.functional.pad(order, (0, self.slots - order.shape[-1]), value=n_blocks)
         drop = torch.rand(order.shape) < 0.2
         lists = order.masked_fill(drop, n_blocks).sort(-1).values
@@ -82,6 +89,8 @@ CASES = {
     "one-slot": Case(slots=1),
     "more-slots-than-blocks": Case(slots=7),
     "large-logits": Case(scale=1.0, std=3.0),
+    "neighbours-agree": Case(queries=50, keys=120, slots=4, group=3, neighbours=16),
+    "packed-neighbours": Case(lengths=(20, 40, 4), queries=64, keys=64, slots=2, neighbours=32),
 }
 
 
@@ -95,6 +104,24 @@ def natural_outputs(case: Case, inputs: list[Tensor], truth: Tensor) -> list[Ten
     rough = reference(case, inputs)[0]
     step = torch.finfo(v.dtype if rough.dtype == torch.float32 else rough.dtype).eps
     return [rough, truth + v.abs().max() * step / 2]
+
+
+def worst_outputs(case: Case, inputs: list[Tensor]) -> tuple[float, float]:
+    """How far an output and a log-sum-exp in float32 may be off, whatever the order of its sums.
+
+    For tests that try many inputs: the natural error of a few elements is at times far below this.
+    """
+    q, k, v = (x.detach().double() for x in inputs[:3])
+    k = k.repeat_interleave(case.group, dim=1)
+    largest = float((q.abs() @ k.abs().mT).max()) * abs(case.scale)
+    half_step = torch.finfo(torch.float32).eps / 2
+    # each score: a product of D terms, and four factors or differences
+    of_score = (case.dim + 4) * half_step * largest
+    # numerator and denominator: a sum of as many terms as a row has keys, and exponentials of
+    # scores that are off; each off by 2 steps itself, the merge of partial results by 4 more
+    relative = of_score + (case.slots * case.block + 8) * half_step
+    out = 2 * relative * float(v.abs().max())
+    return out, relative + 4 * half_step * (largest + math.log(case.slots * case.block))
 
 
 def gradients(

@@ -17,6 +17,8 @@ from tests.selected_cases import (
 
 pytestmark = pytest.mark.gpu
 
+LOOP_ORDERS = ("query_major", "kv_major", "tile_union")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = {
     "D16": Case(queries=333, keys=333, dim=16, value_dim=16, slots=5, group=3),
@@ -27,8 +29,35 @@ SIZES = {
     "D192-128": Case(queries=270, keys=270, dim=192, value_dim=128, slots=3, block=64, group=6),
     "D256": Case(queries=130, keys=130, dim=256, value_dim=256, slots=2, block=64, group=1),
     "block-128": Case(queries=300, keys=700, dim=32, value_dim=32, slots=4, block=128, group=64),
+    "G70": Case(queries=40, keys=150, dim=64, value_dim=64, slots=4, block=32, group=70),
     "packed": Case(
         lengths=(130, 1, 64, 205), queries=400, keys=400, dim=64, value_dim=64, block=64
+    ),
+    "decode": Case(
+        batch=2, heads=3, queries=1, keys=5000, dim=128, value_dim=128, slots=16, block=64, group=8
+    ),
+    "neighbours": Case(
+        queries=500, keys=1000, dim=128, value_dim=128, slots=8, block=64, group=4, neighbours=64
+    ),
+    "packed-neighbours": Case(
+        lengths=(130, 1, 64, 205),
+        queries=400,
+        keys=400,
+        dim=64,
+        value_dim=64,
+        slots=8,
+        group=5,
+        neighbours=32,
+    ),
+    "neighbours-of-16": Case(
+        queries=300, keys=900, dim=64, value_dim=64, slots=64, group=2, neighbours=16, heads=2
+    ),
+    # scores of a standard deviation of 36, as 16 bits can make them, and of 5
+    "logits-36": Case(
+        queries=260, keys=260, dim=128, value_dim=128, slots=4, block=64, std=3.0, scale=0.354
+    ),
+    "logits-5": Case(
+        queries=260, keys=260, dim=128, value_dim=128, slots=4, block=64, std=1.0, scale=0.442
     ),
 }
 
@@ -40,7 +69,7 @@ def on_gpu(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*SIZES, *CASES])
-def test_both_loop_orders_and_the_gradients(name: str, dtype: str) -> None:
+def test_every_loop_order_and_the_gradients(name: str, dtype: str) -> None:
     case = {**SIZES, **CASES}[name]
     inputs = on_gpu(case, DTYPES[dtype])
     exact = in_dtype(inputs, torch.float64)
@@ -52,7 +81,7 @@ def test_both_loop_orders_and_the_gradients(name: str, dtype: str) -> None:
     with torch.no_grad():
         roughs.append(recomputed(case, inputs, wide))
     block, scale, causal, bounds = case.arguments(inputs[0].device)
-    for order in ("query_major", "kv_major"):
+    for order in LOOP_ORDERS:
         out, lse = selected_attention(
             *inputs, block_size=block, scale=scale, causal=causal, cu_seqlens=bounds,
             loop_order=order, return_lse=True,
@@ -66,12 +95,17 @@ def test_both_loop_orders_and_the_gradients(name: str, dtype: str) -> None:
         assert_close_derived(ours, exactly, rough, name=f"d{what}")
 
 
-@pytest.mark.parametrize("order", ["query_major", "kv_major"])
-def test_the_same_bits_every_time_and_no_wait_for_the_device(order: str) -> None:
-    inputs = [x.detach() for x in on_gpu(SIZES["D128"], torch.bfloat16)]
+@pytest.mark.parametrize("order", LOOP_ORDERS)
+@pytest.mark.parametrize("name", ["D128", "decode", "neighbours", "packed"])
+def test_the_same_bits_every_time_and_no_wait_for_the_device(name: str, order: str) -> None:
+    case = SIZES[name]
+    inputs = [x.detach() for x in on_gpu(case, torch.bfloat16)]
+    bounds = case.cu_seqlens(inputs[0].device)
 
     def call() -> torch.Tensor:
-        return selected_attention(*inputs, loop_order=order)
+        return selected_attention(
+            *inputs, block_size=case.block, cu_seqlens=bounds, loop_order=order
+        )
 
     first = call()
     torch.cuda.synchronize()
@@ -83,12 +117,14 @@ def test_the_same_bits_every_time_and_no_wait_for_the_device(order: str) -> None
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_a_cuda_graph_can_hold_it() -> None:
-    inputs = on_gpu(SIZES["D128"], torch.bfloat16)
+@pytest.mark.parametrize("order", LOOP_ORDERS)
+@pytest.mark.parametrize("name", ["D128", "decode"])
+def test_a_cuda_graph_can_hold_it(name: str, order: str) -> None:
+    inputs = on_gpu(SIZES[name], torch.bfloat16)
     grads = torch.randn_like(selected_attention(*inputs))
 
     def step() -> list[torch.Tensor]:
-        out = selected_attention(*inputs, loop_order="kv_major")
+        out = selected_attention(*inputs, loop_order=order)
         return [out, *torch.autograd.grad(out, inputs[:3], grads)]
 
     side = torch.cuda.Stream()
@@ -107,3 +143,24 @@ def test_a_cuda_graph_can_hold_it() -> None:
     assert torch.equal(captured[0], wanted[0])
     for ours, theirs in zip(captured[1:], wanted[1:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # sums in any order, bf16
+
+
+@pytest.mark.parametrize("order", LOOP_ORDERS)
+def test_offsets_beyond_32_bits(order: str) -> None:
+    tokens, heads, dim, last = 2**20, 17, 128, 64
+    assert tokens * heads * dim > 2**31
+    q, k, v = (
+        torch.randn(1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+    )
+    position = torch.arange(tokens, device="cuda")[:, None]
+    share = torch.rand(1, heads, tokens, 2, device="cuda")
+    lists = (share * (position // 64 + 1)).int().sort(-1).values
+    lists[..., 1].masked_fill_(lists[..., 0] == lists[..., 1], -1)
+    out, lse = selected_attention(q, k, v, lists, loop_order=order, return_lse=True)
+    end = [x[:, -1:, -last:].contiguous() for x in (q, lists, out, lse)]
+    case = Case(queries=last, keys=tokens, dim=dim, group=1, block=64, scale=dim**-0.5)
+    inputs = [end[0], k[:, -1:], v[:, -1:], end[1]]
+    truth, true_lse = reference(case, in_dtype(inputs, torch.float64))
+    assert_close_derived(end[2], truth, natural_outputs(case, inputs, truth))
+    rough = reference(case, inputs)[1]
+    assert_close_derived(end[3], true_lse, natural_lse(rough, true_lse, dim), name="lse")

@@ -47,7 +47,11 @@ def run(way: str, case: Case, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     ("name", "way", "dtype"),
     [
         *((name, way, "fp32") for name in CASES for way in WAYS),
-        *((name, way, "fp16") for name in ("plain", "packed", "decode") for way in WAYS),
+        *(
+            (name, way, "fp16")
+            for name in ("plain", "packed", "decode", "neighbours-agree", "large-logits")
+            for way in WAYS
+        ),
     ],
 )
 def test_forward(name: str, way: str, dtype: str) -> None:
