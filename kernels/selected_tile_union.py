@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
     """What can be tuned."""
 
     block_t: int  # neighbouring tokens of a tile, 1 to 64
-    block_g: int  # heads of the group that a program works on at once
+    block_g: int  # heads of the group that a program works on at once; with all tokens 16 or more
     block_n: int  # keys of a step, at most a KV block
     shared: int  # the fewest tokens of a tile that share a KV block which the tile reads; 1: all
     num_warps: int
@@ -188,7 +188,7 @@ def _tile_kernel(
             mask=(key < end)[:, None] & (dv[None, :] < DV), other=0.0,
         )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
         members = tl.where(in_tile < 32, tl.load(block_at + 2), tl.load(block_at + 3))
-        last = tl.minimum(own, end - 1) if CAUSAL else own * 0 + end - 1
+        last = own if CAUSAL else tl.zeros_like(own) + (end - 1)
         last = tl.where((members >> (in_tile % 32)) & 1 != 0, last, -1)  # key that a row reads
         s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_G * BLOCK_T, BLOCK_N]
         s = tl.where(key[None, :] <= last[:, None], s, -float("inf"))

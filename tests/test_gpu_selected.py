@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sparse_compile.kernels import selected_query_major as query_major
+from sparse_compile.kernels import selected_tile_union as tile_union
 from sparse_compile.ops import selected_attention
 from sparse_compile.testing import assert_close_derived, in_dtype
 from tests.selected_cases import (
@@ -93,6 +95,40 @@ def test_every_loop_order_and_the_gradients(name: str, dtype: str) -> None:
     found = gradients(out, lse, inputs, wide)
     for what, ours, exactly, *rough in zip("qkv", found, truths, *roughs, strict=True):
         assert_close_derived(ours, exactly, rough, name=f"d{what}")
+
+
+TILES = {
+    "tile_union": (
+        tile_union.Tiles(4, 4, 64, 1, 4, 2, 255),
+        tile_union.Tiles(16, 4, 32, 2, 4, 3, 255),
+        tile_union.Tiles(64, 1, 64, 1, 4, 2, 255),
+        tile_union.Tiles(64, 2, 64, 16, 8, 3, 255),
+        tile_union.Tiles(64, 4, 64, 65, 8, 2, 255),
+    ),
+    "query_major": (
+        query_major.Tiles(64, 8, 1, 4, 2),
+        query_major.Tiles(32, 16, 100, 4, 4),
+        query_major.Tiles(64, 64, 4, 8, 3),
+        query_major.Tiles(16, 8, 4, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["D128", "decode", "neighbours"])
+@pytest.mark.parametrize(("order", "number"), [(o, i) for o in TILES for i in range(len(TILES[o]))])
+def test_any_tiles(order: str, number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = {"tile_union": tile_union, "query_major": query_major}[order]
+    monkeypatch.setattr(module, "default_tiles", lambda *_sizes: TILES[order][number])
+    case = SIZES[name]
+    inputs = [x.detach() for x in on_gpu(case, torch.bfloat16)]
+    truth, true_lse = reference(case, in_dtype(inputs, torch.float64))
+    block, scale, causal, _ = case.arguments(inputs[0].device)
+    out, lse = selected_attention(
+        *inputs, block_size=block, scale=scale, causal=causal, loop_order=order, return_lse=True
+    )
+    assert_close_derived(out, truth, natural_outputs(case, inputs, truth))
+    rough = reference(case, inputs)[1]
+    assert_close_derived(lse, true_lse, natural_lse(rough, true_lse, case.dim), name="lse")
 
 
 @pytest.mark.parametrize("order", LOOP_ORDERS)
