@@ -216,7 +216,7 @@ def _merge(
     scratch_base,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    STARTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+    STARTED: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Merges the slots of BLOCK_R rows (token, head of the group) of a KV head.
 
@@ -231,19 +231,40 @@ def _merge(
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     out_at = out_ptr + to[:, None] * DV + dv[None, :]
     in_out = live[:, None] & (dv[None, :] < DV)
-    highest = tl.max(part_lse, 1)
+    place = scratch_base + in_chunk * K * GROUP + head  # [BLOCK_R]
+    highest = tl.full([BLOCK_R], -float("inf"), tl.float32)
     if STARTED:
-        before_lse = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
-        highest = tl.maximum(highest, before_lse)
+        highest = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
+    before_lse = highest
+    for slot in tl.static_range(K):
+        _block, listed = read_entry(
+            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
+        )  # fmt: skip
+        at = part_lse_ptr + place + slot * GROUP
+        highest = tl.maximum(highest, tl.load(at, mask=listed, other=-float("inf")))
     reference = tl.where(highest == -float("inf"), 0.0, highest)
-    weight = tl.exp2(part_lse - reference[:, None])
-    total = tl.sum(weight, 1)
-    acc = tl.sum(part.to(tl.float32) * weight[:, :, None], 1)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if STARTED:
-        before_weight = tl.exp2(before_lse - reference)
-        total += before_weight
-        before = tl.load(out_at, mask=in_out, other=0.0)
-        acc += before.to(tl.float32) * before_weight[:, None]
+        total = tl.exp2(before_lse - reference)
+        acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32) * total[:, None]
+    for slot in tl.static_range(K):
+        _block, listed = read_entry(
+            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
+        )  # fmt: skip
+        at = place + slot * GROUP
+        part_lse = tl.load(part_lse_ptr + at, mask=listed, other=-float("inf"))
+        part = tl.load(
+            part_ptr + at[:, None] * DV + dv[None, :],
+            mask=listed[:, None] & (dv[None, :] < DV), other=0.0,
+        )  # [BLOCK_R, BLOCK_DV]  # fmt: skip
+        weight = tl.exp2(part_lse - reference)
+        total += weight
+        acc += part.to(tl.float32) * weight[:, None]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
@@ -260,8 +281,8 @@ def _slots_kernel(
     scale, T, S, n_blocks, first, end, merge_first, n_merges, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
-    STARTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, RING: tl.constexpr,
+    STARTED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Attends in the chunks from `first` to `end`, and merges what the launch before attended with.
 
@@ -278,7 +299,7 @@ def _slots_kernel(
             stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
             (merge % per_row).to(tl.int32), in_launch + merge_first // n_chunks,
             merge_first % n_chunks * chunk_size, chunk_size, in_launch * chunk_size * K * GROUP,
-            HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, BLOCK_DV, BLOCK_R,
+            HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, STARTED, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     else:
         item = tl.load(first_item_ptr + first) + (program - merge).to(tl.int32)
@@ -293,23 +314,6 @@ def _slots_kernel(
                 HEADS, GROUP, K, D, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, PRECISION,
                 WIDE, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
-            tl.debug_barrier()
-            tl.atomic_add(done_items_ptr + stage, 1, sem="release")
-        else:
-            chunk = stage - 1
-            before = tl.load(first_item_ptr + chunk)
-            _wait(done_items_ptr + chunk, tl.load(first_item_ptr + chunk + 1) - before)
-            _merge(
-                part_ptr, part_lse_ptr, indices_ptr, rows_ptr, out_ptr, lse_ptr,
-                stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
-                number - (end - first), (chunk // n_chunks).to(tl.int64),
-                (chunk % n_chunks) * chunk_size, chunk_size, (chunk % RING) * chunk_rows,
-                HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, STARTED,
-                BLOCK_K, BLOCK_DV, BLOCK_R,
-            )  # fmt: skip
-            tl.debug_barrier()
-            tl.atomic_add(done_merges_ptr + chunk, 1, sem="release")
-        task = tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 
 SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
@@ -346,6 +350,7 @@ def forward(
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
     local = causal and n_keys >= n_tokens
     if local:
+        tiles = default_tiles(head_dim, value_dim, group, q.element_size())
         n_tiles = triton.cdiv(n_tokens + (place.shift % LOCAL_TOKENS), LOCAL_TOKENS)
         _local_kernel[(batch * query_heads * n_tiles,)](
             q, k, v, block_indices, place.rows, out, lse,
@@ -353,11 +358,11 @@ def forward(
             scale, n_tokens, n_keys,
             heads, group, n_slots, head_dim, value_dim, block_size, place.packed, _precision(q),
             triton.next_power_of_2(n_slots), _padded(head_dim), _padded(value_dim),
-            LOCAL_TOKENS, min(64, block_size), num_stages=1,
+            LOCAL_TOKENS, min(64, block_size), num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
     attend(
-        q, k, v, block_indices, place, out, lse, block_size=block_size, scale=scale,
-        causal=causal, local=local, started=local, expected_slots=n_slots,
+        q, k, v, block_indices, place, out, lse,
+        block_size=block_size, scale=scale, causal=causal, local=local, started=local,
     )  # fmt: skip
     return out, lse
 
@@ -365,7 +370,7 @@ def forward(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, place: Geometry,
     out: Tensor, lse: Tensor, *, block_size: int, scale: float, causal: bool,
-    local: bool, started: bool, expected_slots: int,
+    local: bool, started: bool,
 ) -> None:  # fmt: skip
     """Attend to what tokens selected, a KV block at a time; writes the output.
 
@@ -382,32 +387,38 @@ def attend(
         causal: Whether a query reads only keys up to its own position.
         local: Whether to leave out what `read_entry` calls local.
         started: Whether `out` and `lse` (of base 2) hold attention to other keys, to be merged.
-        expected_slots: How many KV blocks of a token to expect, for the size of chunks.
     """
     batch, query_heads, n_tokens, head_dim = q.shape
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
     tiles = default_tiles(head_dim, value_dim, group, q.element_size())
     bytes_ = value_dim * q.element_size() + 4
-    chunk = chunk_tokens(n_tokens, group, place.n_blocks, expected_slots, bytes_)
+    chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES // 2)
     lists = build_lists(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=local,
-        chunk=chunk, length=tiles.length,
+        chunk=chunks.tokens, length=tiles.length,
     )  # fmt: skip
-    part = q.new_empty((RING * chunk * n_slots * group, value_dim))
-    part_lse = q.new_empty(part.shape[0], dtype=torch.float32)
-    counters = torch.zeros(1 + 2 * rows * lists.n_chunks, dtype=torch.int32, device=q.device)
-    block_k, block_dv = triton.next_power_of_2(n_slots), _padded(value_dim)
-    _forward_kernel[(PROGRAMS_PER_SM * n_multiprocessors(q.device),)](
-        q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
-        place.blocks, part, part_lse, counters, out, lse,
-        *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
-        scale, n_tokens, n_keys, place.n_blocks, rows, chunk,
-        heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
-        local, started, _precision(q), block_k, _padded(head_dim), block_dv,
-        tiles.block_m, max(1, MERGED_NUMBERS // (block_k * block_dv)), RING,
-        num_warps=tiles.num_warps, num_stages=1, maxnreg=REGISTERS,
-    )  # fmt: skip
+    # one half is written while the other is read
+    part = q.new_empty((2, chunks.rows * chunks.tokens * n_slots * group, value_dim))
+    part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
+    per_row = triton.cdiv(chunks.tokens * group, tiles.merged)
+    wide = max(span(q[0, :group]), part[0].numel()) >= 2**31
+    n_chunks, before = rows * lists.n_chunks, 0
+    for number, start in enumerate(range(0, n_chunks + chunks.rows, chunks.rows)):
+        first, end = min(start, n_chunks), min(start + chunks.rows, n_chunks)
+        n_merges = (first - before) * per_row
+        _slots_kernel[((end - first) * lists.max_items + n_merges,)](
+            q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
+            place.blocks, part[number % 2], part_lse[number % 2],
+            part[1 - number % 2], part_lse[1 - number % 2], out, lse,
+            *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
+            scale, n_tokens, n_keys, place.n_blocks, first, end, before, n_merges, chunks.tokens,
+            heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
+            local, started, _precision(q), wide, _padded(head_dim), _padded(value_dim),
+            tiles.block_m, tiles.merged,
+            num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers,
+        )  # fmt: skip
+        before = first
 
 
 def n_multiprocessors(device: torch.device) -> int:

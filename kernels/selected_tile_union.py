@@ -23,7 +23,6 @@ from sparse_compile.kernels import selected_kv_major
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 
 PROGRAMS_PER_SM = 8  # that list unions
-REST = 4  # one slot in so many is expected to be left to `kv_major`
 
 
 class Tiles(NamedTuple):
@@ -278,7 +277,6 @@ def forward(
         selected_kv_major.attend(
             q, k, v, unions.rest, place, out, lse, block_size=block_size, scale=scale,
             causal=causal, local=False, started=True,
-            expected_slots=-(-block_indices.shape[3] // REST),
         )  # fmt: skip
     return out, lse
 
