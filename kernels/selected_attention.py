@@ -5,11 +5,13 @@ Source: Yuan et al., "Native Sparse Attention" (2025), equations 11 and 12.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from sparse_compile import costs, rates
 from sparse_compile.kernels import selected_cpu
 
 OP = "sparse_compile::selected_attention"
@@ -19,7 +21,7 @@ LOOP_ORDERS = ("query_major", "kv_major", "tile_union")
 torch.library.define(
     OP,
     "(Tensor q, Tensor k, Tensor v, Tensor block_indices, int block_size, float scale, "
-    "bool causal, Tensor? cu_seqlens, str loop_order) -> (Tensor out, Tensor lse)",
+    "bool causal, Tensor? cu_seqlens, str? loop_order) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     BACKWARD_OP,
@@ -76,6 +78,8 @@ def launch(q, k, v, block_indices, block_size, scale, causal, cu_seqlens, loop_o
     """The operator by Triton kernels."""
     from sparse_compile.kernels.selected_lists import geometry
 
+    if loop_order is None:
+        loop_order = choose_loop_order(q, k, v, block_indices, block_size, causal)
     place = geometry(q.shape[2], k.shape[2], block_size, cu_seqlens, q.device)
     return _loop_order(loop_order).forward(
         q, k, v, block_indices, place, block_size=block_size, scale=scale, causal=causal
@@ -94,6 +98,41 @@ def launch_backward(
         grad_out, grad_lse, q, k, v, block_indices, out, lse, place,
         block_size=block_size, scale=scale, causal=causal,
     )  # fmt: skip
+
+
+def choose_loop_order(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, causal: bool
+) -> str:
+    """The loop order that the cost model finds fastest for these sizes on this device.
+
+    It is asked when the operator runs, so that a graph with symbolic sizes needs no guard. Tokens
+    are rounded up to four binary digits: the steps of a decoding loop share an answer.
+    """
+    batch, query_heads, n_queries, head_dim = q.shape
+    return _fastest(
+        q.device, q.dtype, batch, _rounded(n_queries), _rounded(k.shape[2]), query_heads,
+        k.shape[1], head_dim, v.shape[3], block_indices.shape[3], block_size, causal,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(
+    device: torch.device, dtype: torch.dtype, batch: int, n_queries: int, n_keys: int,
+    query_heads: int, kv_heads: int, head_dim: int, value_dim: int, n_slots: int, block_size: int,
+    causal: bool,
+) -> str:  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    problem = costs.Problem(
+        batch=batch, n_queries=n_queries, n_keys=n_keys, query_heads=query_heads, kv_heads=kv_heads,
+        head_dim=head_dim, value_dim=value_dim, n_slots=n_slots, block_size=block_size,
+        dtype=str(dtype).removeprefix("torch."), causal=causal,
+    )  # fmt: skip
+    return costs.predict(problem, rates.lookup(name), LOOP_ORDERS).fastest
+
+
+def _rounded(size: int) -> int:
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
 
 
 def _loop_order(name: str) -> ModuleType:

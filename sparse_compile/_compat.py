@@ -120,6 +120,14 @@ def preserved_modes() -> Iterator[None]:
             torch.set_autocast_dtype(device, dtype)
 
 
+def size_hint(size: Any) -> int | None:
+    """An example of a size, without a guard on it: of a number itself; None if nobody knows one."""
+    if isinstance(size, int):
+        return int(size)
+    node = getattr(size, "node", None)
+    return int(node.hint) if node is not None and node.has_hint() else None
+
+
 def is_module_state(node: fx.Node) -> bool:
     """Whether a placeholder of a Dynamo graph is a buffer or tensor attribute of a module."""
     source = getattr(node.meta.get("grapharg"), "source", None)

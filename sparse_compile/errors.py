@@ -33,3 +33,7 @@ class WeightsError(SparseCompileError, RuntimeError):
 
 class OperatorError(SparseCompileError, ValueError):
     """A tensor given to one of our operators has a wrong shape, dtype or device."""
+
+
+class RatesError(SparseCompileError, RuntimeError):
+    """A device's rates could not be measured, or not be written."""

@@ -63,7 +63,8 @@ def selected_attention(
             B is 1 then, and T is S.
         loop_order: `query_major` (a program owns a query token), `kv_major` (a program owns a KV
             block) or `tile_union` (a program owns neighbouring query tokens and reads what they
-            share); chosen by the sizes if left out.
+            share); if left out, what the cost model (`sparse_compile.costs`) finds fastest for the
+            sizes of each call.
         return_lse: Whether to return the log-sum-exp too.
 
     Returns:
@@ -85,9 +86,7 @@ def selected_attention(
     checks.check_selection(q, k, block_indices)
     if cu_seqlens is not None:
         checks.check_packing(q, k, cu_seqlens)
-    if loop_order is None:
-        loop_order = _choose_loop_order(q, k, v, block_indices, block_size)
-    elif loop_order not in _selected.LOOP_ORDERS:
+    if loop_order is not None and loop_order not in _selected.LOOP_ORDERS:
         raise OperatorError(
             f'loop_order is "{loop_order}". Expected {" or ".join(_selected.LOOP_ORDERS)}, or None.'
         )
@@ -298,18 +297,3 @@ def _in_ranges(
     first, end = (x.int() for x in ranges)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     return torch.ops.sparse_compile.range_attention(q, k, v, first, end, scale)
-
-
-def _choose_loop_order(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int
-) -> LoopOrder:
-    """The loop order that moves fewer bytes, each from where it comes.
-
-    `query_major` reads every selected key and value from the L2 cache; `kv_major` writes and reads
-    a partial output for every selection, through memory, and reads every query as often.
-    """
-    heads, group, n_slots = k.shape[1], q.shape[1] // k.shape[1], block_indices.shape[3]
-    keys = heads * n_slots * block_size * (q.shape[3] + v.shape[3]) / 2.5  # L2 is that much faster
-    partials = heads * group * n_slots * (q.shape[3] / 2.5 + 2 * v.shape[3])
-    n_full = q.shape[2] * n_slots * group >= 16 * -(-k.shape[2] // block_size)
-    return "kv_major" if n_full and partials < keys else "query_major"

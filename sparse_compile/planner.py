@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING
 
 import sympy
 import torch
+from torch import Tensor
 
+from sparse_compile import _compat, costs, rates
 from sparse_compile import expressions as ex
+from sparse_compile.costs import DENSE, TILE_SHARED, TILE_TOKENS, Overlap, Problem
 from sparse_compile.expressions import Load
 from sparse_compile.ir import KernelPlan
+from sparse_compile.kernels.selected_attention import LOOP_ORDERS
 from sparse_compile.passes.lower_flex import flex_supported
 
 if TYPE_CHECKING:
     from sparse_compile.passes.programs import Proven
 
+Size = int | torch.SymInt
 FUSED_GQA = (torch.float16, torch.bfloat16)  # dtypes whose fused CUDA kernels take fewer KV heads
 
 
@@ -104,3 +109,97 @@ def _what(proven: Proven) -> str:
     if proven.program.weight is not None:
         parts.append("weight factors")
     return ", ".join(parts) or "score formula"
+
+
+def plan_selected(
+    *, n_queries: Size, n_keys: Size, query_heads: Size, kv_heads: Size, head_dim: Size,
+    n_slots: Size, dtype: torch.dtype, device: torch.device, batch: Size = 1,
+    value_dim: Size | None = None, block_size: int = 64, causal: bool = True,
+    training: bool = False, overlap: Overlap | None = None, allow_dense: bool = False,
+) -> KernelPlan:  # fmt: skip
+    """The loop order of a selected attention, with the prediction in words.
+
+    Args:
+        n_queries: T. Sizes may be symbolic: `loop_order` is left empty then, which is None for the
+            operator; it chooses by the sizes of each call, so no guard is needed.
+        n_keys: S.
+        query_heads: Hq.
+        kv_heads: Hkv.
+        head_dim: D.
+        n_slots: K, the KV blocks that a token selects.
+        dtype: Of queries, keys and values.
+        device: Where it will run. On the CPU, where every loop order runs the same code, the plan
+            is that for a GPU.
+        batch: B.
+        value_dim: Dv; D if left out.
+        block_size: Keys in a KV block.
+        causal: Whether a query reads only keys up to its own position.
+        training: Whether gradients are computed too.
+        overlap: How much neighbouring tokens agree, as `measure_overlap` finds; if left out, no
+            more than on the first KV block and the last two.
+        allow_dense: Whether the caller takes dense attention where that is faster. It reads more
+            keys: another function, unless the selection holds them all.
+    """
+    value_dim = head_dim if value_dim is None else value_dim
+    sizes = (batch, n_queries, n_keys, query_heads, kv_heads, head_dim, value_dim, n_slots)
+    hints = [_compat.size_hint(size) for size in sizes]
+    if None in hints:
+        why = "sizes are not known yet: chosen at each call"
+        return KernelPlan(kernel="selected_attention", why=why)
+    names = (
+        "batch", "n_queries", "n_keys", "query_heads", "kv_heads", "head_dim", "value_dim",
+        "n_slots",
+    )  # fmt: skip
+    problem = Problem(
+        **dict(zip(names, hints, strict=True)), block_size=block_size, causal=causal,
+        dtype=str(dtype).removeprefix("torch."), backward=training, overlap=overlap,
+    )  # fmt: skip
+    known = rates.lookup(device_name(device))
+    found = costs.predict(problem, known, LOOP_ORDERS)
+    if not all(type(size) is int for size in sizes):
+        why = f"chosen at each call; at {problem.n_queries} tokens {found}"
+        return KernelPlan(kernel="selected_attention", why=why)
+    aligned = not causal or n_queries in (1, n_keys)  # what F.scaled_dot_product_attention can do
+    if allow_dense and aligned and found.is_dense_faster:
+        grouped = query_heads != kv_heads
+        flags = {
+            "enable_gqa": grouped and device.type == "cuda" and dtype in FUSED_GQA,
+            "is_causal": causal and n_queries > 1,
+        }
+        ms = costs.short_ms(found.ms[DENSE])
+        why = f"dense attention is the fastest: {ms} ms predicted; {found}"
+        return KernelPlan(kernel="sdpa", flags=flags, why=why)
+    flips = costs.crossovers(problem, known, "group", loop_orders=LOOP_ORDERS)
+    why = "; ".join([str(found), *map(str, flips)])
+    return KernelPlan(kernel="selected_attention", loop_order=found.fastest, why=why)
+
+
+def device_name(device: torch.device) -> str:
+    """What `sparse_compile.rates.lookup` calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def measure_overlap(block_indices: Tensor, *, n_tiles: int = 64) -> Overlap:
+    """How much neighbouring tokens of a selection agree, from a sample of its tiles.
+
+    It waits for the device: for benchmarks, and for plans that are made once.
+
+    Args:
+        block_indices: [B, Hkv, T, K] int32, -1 is none.
+        n_tiles: How many tiles of 64 tokens to look at, evenly spread over T.
+    """
+    n_tokens = block_indices.shape[2]
+    n_all = -(-n_tokens // TILE_TOKENS)
+    tiles = sorted({i * n_all // n_tiles for i in range(n_tiles)})
+    shared = left = n_rows = n_seen = 0
+    for tile in tiles:
+        rows = block_indices[:, :, tile * TILE_TOKENS : (tile + 1) * TILE_TOKENS]
+        for row in rows.flatten(0, 1):
+            chosen = row[row >= 0]
+            _, counts = chosen.unique(return_counts=True)
+            crowded = counts >= TILE_SHARED
+            shared += int(crowded.sum())
+            left += int(counts[~crowded].sum())
+            n_rows += 1
+            n_seen += row.shape[0]
+    return Overlap(shared=shared / max(1, n_rows), left=left / max(1, n_seen))

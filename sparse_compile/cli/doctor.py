@@ -6,6 +6,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -35,12 +36,29 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--require-gpu", is_flag=True, help="Fail when PyTorch sees no GPU.")
+@click.option(
+    "--measure", "measures", is_flag=True,
+    help="Measure the GPU instead, in less than half a minute, and keep the rates for the planner.",
+)  # fmt: skip
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="With --measure: write the rates to FILE instead of the user's cache.",
+)  # fmt: skip
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool, require_gpu: bool) -> None:
+def doctor(
+    ctx: click.Context, as_json: bool, require_gpu: bool, measures: bool, output: Path | None
+) -> None:
     """Check this machine: versions, GPU, compiler, and what will and won't work.
 
     Exit code 0: the backend works here; 1: it does not.
     """
+    if measures:
+        from sparse_compile.cli.measure import measure
+
+        measure(as_json, output)
+        return
+    if output is not None:
+        raise click.UsageError("--output FILE goes with --measure.")
     findings = examine()
     works = all(finding.status != "fail" for finding in findings)
     if as_json:
