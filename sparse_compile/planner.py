@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_compile import _compat, costs, rates
 from sparse_compile import expressions as ex
-from sparse_compile.costs import DENSE, TILE_SHARED, TILE_TOKENS, Overlap, Problem
+from sparse_compile.cost_formulas import DENSE, TILE_SHARED, TILE_TOKENS
+from sparse_compile.costs import Overlap, Problem
 from sparse_compile.expressions import Load
 from sparse_compile.ir import KernelPlan
 from sparse_compile.kernels.selected_attention import LOOP_ORDERS

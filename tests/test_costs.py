@@ -11,8 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import selections
-from sparse_compile import costs, rates
-from sparse_compile.costs import DENSE, LOOP_ORDERS, Overlap, Problem
+from sparse_compile import cost_formulas, costs, rates
+from sparse_compile.cost_formulas import (
+    DENSE,
+    LOOP_ORDERS,
+    PARTS,
+    SYMBOLS,
+    cost,
+    padded,
+    padded_size,
+    seen,
+)
+from sparse_compile.cost_formulas import selections as selections_of
+from sparse_compile.costs import Overlap, Problem
 from sparse_compile.ops import selected_attention
 from sparse_compile.planner import measure_overlap, plan_selected
 from tests.selected_cases import Case
@@ -62,48 +73,53 @@ class TestFormulas:
         counted = sum(
             min(slots, (t + before) // block + 1 if causal else n_keys // block) for t in range(n)
         )
-        values = {costs.T: n, costs.S: n_keys, costs.K: slots, costs.N: block}
-        assert costs._selections(causal).subs(values) == counted
+        values = {
+            cost_formulas.T: n,
+            cost_formulas.S: n_keys,
+            cost_formulas.K: slots,
+            cost_formulas.N: block,
+        }
+        assert selections_of(causal).subs(values) == counted
 
     @pytest.mark.parametrize(("n", "before"), [(5, 0), (1, 9), (4, 3)])
     def test_pairs_of_dense_attention(self, n, before):
         counted = sum(t + before + 1 for t in range(n))
-        assert costs._seen(True).subs({costs.T: n, costs.S: n + before}) == counted
-        assert costs._seen(False).subs({costs.T: n, costs.S: n + before}) == n * (n + before)
+        assert seen(True).subs({cost_formulas.T: n, cost_formulas.S: n + before}) == counted
+        assert seen(False).subs({cost_formulas.T: n, cost_formulas.S: n + before}) == n * (
+            n + before
+        )
 
     @pytest.mark.parametrize(
         ("size", "wanted"), [(0.5, 16), (1, 16), (16, 16), (17, 32), (80, 128), (128, 128)]
     )
     def test_padding(self, size, wanted):
-        assert costs._padded(size) == wanted
-        assert costs.padded(sympy.Rational(size)) == wanted
+        assert padded_size(size) == wanted
+        assert padded(sympy.Rational(size)) == wanted
 
-    @pytest.mark.parametrize("name", EVERY)
+    @pytest.mark.parametrize("name", PARTS)
     def test_compiled_numbers_are_those_of_the_formulas(self, name):
-        problem = changed(backward=True, head_dim=80, value_dim=64)
-        found, launches = costs.evaluate(name, problem.values(), causal=True, backward=True)
-        cost = costs.cost(name, backward=True)
-        values = dict(zip(costs.SYMBOLS, problem.values(), strict=True))
-        for stage in cost.stages:
+        problem = changed(head_dim=80, value_dim=64)
+        found, launches = costs.evaluate(name, problem.values(), causal=True)
+        formulas = cost(name)
+        values = dict(zip(SYMBOLS, problem.values(), strict=True))
+        for stage in formulas.stages:
             exact = [float(part.subs(values).doit()) for part in stage.expressions()]
             assert found[stage.name] == pytest.approx(exact)
-        assert launches == pytest.approx(float(cost.launches.subs(values).doit()))
+        assert launches == pytest.approx(float(formulas.launches.subs(values).doit()))
 
     def test_query_major_moves_the_bytes_of_the_notes(self):
         """`K,V bytes a query-major order moves from L2 at 32K`: 542, 135 and 34 GB."""
         for kv_heads, gigabytes in ((32, 542), (8, 135), (2, 34)):
             values = changed(kv_heads=kv_heads).values()
-            stages, _ = costs.evaluate("query_major", values, causal=True, backward=False)
+            stages, _ = costs.evaluate("query_major", values, causal=True)
             (numbers,) = stages.values()
             assert numbers[2] / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
     def test_stages_have_names_of_their_own_and_the_shipped_shares_name_them(self):
         names = []
-        for name in EVERY:
-            names += [stage.name for stage in costs.cost(name).stages]
-            names.append(f"{name}.launch")
-        names += [stage.name for stage in costs._backward(True).stages]
-        names += [stage.name for stage in costs._dense_backward(True).stages]
+        for part in PARTS:
+            names += [stage.name for stage in cost(part).stages]
+            names.append(f"{part}.launch")
         assert len(names) == len(set(names))
         assert set(H100.efficiency.stages) <= set(names)
 
@@ -158,7 +174,7 @@ class TestPredictions:
 
     def test_small_problems_cost_their_launches(self):
         tiny = Problem(n_queries=16, n_keys=16, query_heads=1, kv_heads=1, n_slots=1, block_size=16)
-        launches = costs.cost("kv_major").launches
+        launches = cost("kv_major").launches
         assert predicted(tiny, ideal())["kv_major"] == pytest.approx(float(launches) * 1.2e-2)
 
     def test_query_major_loses_to_the_l2_cache_without_a_group(self):
