@@ -241,7 +241,7 @@ def _checked_and_timed(
         if not found["error"] <= ERROR_RATIO * natural + step / 2:
             return {"status": "wrong", **found}
         timing = common.time_calls(
-            call, device=setting.device, n_calls=setting.n_calls, warm_up=1, limit_s=setting.limit_s
+            call, device=setting.device, n_calls=setting.n_calls, warm_up=0, limit_s=setting.limit_s
         )
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()

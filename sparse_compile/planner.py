@@ -171,6 +171,8 @@ def plan_selected(
         why = f"dense attention is the fastest: {ms} ms predicted; {found}"
         return KernelPlan(kernel="sdpa", flags=flags, why=why)
     flips = costs.crossovers(problem, known, "group", loop_orders=LOOP_ORDERS)
+    if allow_dense and aligned and n_queries > 1:
+        flips += costs.crossovers(problem, known, "tokens", loop_orders=LOOP_ORDERS, dense=True)
     why = "; ".join([str(found), *map(str, flips)])
     return KernelPlan(kernel="selected_attention", loop_order=found.fastest, why=why)
 
@@ -189,18 +191,22 @@ def measure_overlap(block_indices: Tensor, *, n_tiles: int = 64) -> Overlap:
         block_indices: [B, Hkv, T, K] int32, -1 is none.
         n_tiles: How many tiles of 64 tokens to look at, evenly spread over T.
     """
-    n_tokens = block_indices.shape[2]
+    n_tokens, n_slots = block_indices.shape[2:]
     n_all = -(-n_tokens // TILE_TOKENS)
-    tiles = sorted({i * n_all // n_tiles for i in range(n_tiles)})
-    shared = left = n_rows = n_seen = 0
-    for tile in tiles:
-        rows = block_indices[:, :, tile * TILE_TOKENS : (tile + 1) * TILE_TOKENS]
-        for row in rows.flatten(0, 1):
-            chosen = row[row >= 0]
-            _, counts = chosen.unique(return_counts=True)
-            crowded = counts >= TILE_SHARED
-            shared += int(crowded.sum())
-            left += int(counts[~crowded].sum())
-            n_rows += 1
-            n_seen += row.shape[0]
-    return Overlap(shared=shared / max(1, n_rows), left=left / max(1, n_seen))
+    n_tiles = min(n_tiles, n_all)
+    looked_at = torch.arange(n_tiles, device=block_indices.device) * n_all // n_tiles
+    padding = (0, 0, 0, n_all * TILE_TOKENS - n_tokens)
+    padded = torch.nn.functional.pad(block_indices, padding, value=-1)
+    tiles = padded.unflatten(2, (n_all, TILE_TOKENS))[:, :, looked_at]
+    tiles = tiles.reshape(-1, TILE_TOKENS * n_slots).long()  # a row for each tile and KV head
+    n_blocks = int(tiles.max()) + 1
+    counts = tiles.new_zeros(tiles.shape[0], n_blocks + 1)
+    counts.scatter_add_(1, tiles.where(tiles >= 0, n_blocks), torch.ones_like(tiles))
+    counts = counts[:, :n_blocks]
+    crowded = counts >= TILE_SHARED
+    n_seen = (n_tokens - looked_at * TILE_TOKENS).clamp(max=TILE_TOKENS).sum()  # by a KV head
+    n_seen = int(n_seen) * tiles.shape[0] // n_tiles
+    return Overlap(
+        shared=int(crowded.sum()) / tiles.shape[0],
+        left=int(counts.masked_fill(crowded, 0).sum()) / n_seen,
+    )

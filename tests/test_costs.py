@@ -254,11 +254,12 @@ class TestOverlap:
                 shared += sum(n >= 16 for n in counts.values())
                 left += sum(n for n in counts.values() if n < 16)
                 n_tiles += 1
-        return Overlap(shared=shared / n_tiles, left=left / (lists.shape[1] * lists.shape[2]))
+        return Overlap(shared=shared / n_tiles, left=left / lists[..., 0].numel())
 
     @pytest.mark.parametrize("pattern", selections.PATTERNS)
-    def test_measured_is_counted(self, pattern):
-        lists = selections.make(pattern, 1, 2, 300, 8, 16, "cpu")
+    @pytest.mark.parametrize("tokens", [1, 64, 300])
+    def test_measured_is_counted(self, pattern, tokens):
+        lists = torch.cat([selections.make(pattern, 1, 2, tokens, 8, 16, "cpu") for _ in "ab"])
         assert measure_overlap(lists) == self.counted(lists)
 
     def test_a_sample_is_near(self):
@@ -305,6 +306,10 @@ class TestPlans:
         chunk = {**SIZES, "n_queries": 1024, "n_keys": 2048}  # is_causal would align it otherwise
         assert plan_selected(**chunk, allow_dense=True).kernel == "selected_attention"
         assert plan_selected(**SIZES, allow_dense=True).kernel == "selected_attention"
+
+    def test_where_dense_attention_ends_is_said_if_it_is_allowed(self):
+        assert "tokens" not in plan_selected(**SIZES).why
+        assert "kv_major from tokens = " in plan_selected(**SIZES, allow_dense=True).why
 
     def test_training_counts_the_gradients(self):
         forward, both = (plan_selected(**SIZES, training=x).why for x in (False, True))
@@ -359,6 +364,17 @@ class TestChoiceOfTheOperator:
         wanted, _ = operator.launch(q, k, v, lists, 16, 0.25, True, None, chosen)
         assert asked == [chosen, chosen]
         assert torch.equal(out, wanted)
+
+    @pytest.mark.gpu
+    def test_choosing_does_not_wait_for_the_device(self):
+        inputs = [x.cuda() for x in Case(queries=200, keys=200).inputs()]
+        selected_attention(*inputs, block_size=16)  # compiles, and reads the rates
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            selected_attention(*inputs, block_size=16)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def test_steps_of_a_decoding_loop_share_an_answer(self):
         from sparse_compile.kernels import selected_attention as operator
