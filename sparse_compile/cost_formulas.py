@@ -28,10 +28,10 @@ DENSE_BACKWARD = "dense_backward"
 PARTS = (*LOOP_ORDERS, DENSE, BACKWARD, DENSE_BACKWARD)
 TILE_TOKENS = 64  # neighbours of a tile of `tile_union`
 TILE_SHARED = 16  # of them must have selected a KV block for the tile to read it
-SCRATCH_BYTES = 36 * 2**20  # of partial outputs of `kv_major`
-ROWS_PER_LIST = 192  # for which that scratch grows if it must
-BACKWARD_BYTES = 240 * 2**20  # of partial gradients of queries
+SCRATCH_BYTES = 240 * 2**20  # of partial outputs in two halves, of partial gradients in one
+ROWS_PER_LIST = 128  # for which that scratch grows if it must
 ITEM_ROWS = 512  # rows that a program of `kv_major` takes to a KV block
+FILLING = 512  # programs that fill a device: with fewer, several share a token in `query_major`
 FORCED = 3  # KV blocks that every token is assumed to select: first, own, previous
 
 
@@ -46,12 +46,12 @@ def most(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
 
 
 class padded(sympy.Function):
-    """The next power of two, at least 16: what the matrix unit and a tile's width take."""
+    """The next power of two, at least a lowest one: what a matrix unit or a tile takes."""
 
     @classmethod
-    def eval(cls, size: sympy.Expr) -> sympy.Expr | None:
+    def eval(cls, size: sympy.Expr, lowest: sympy.Expr) -> sympy.Expr | None:
         """A number, if `size` is one."""
-        return sympy.Integer(padded_size(float(size))) if size.is_number else None
+        return sympy.Integer(padded_size(float(size), int(lowest))) if size.is_number else None
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,40 +106,41 @@ QUERY_BYTES = B * Hq * T * (D + Dv) * e  # queries read, outputs written
 KEY_BYTES = B * Hkv * S * (D + Dv) * e
 HEAD_BYTES = S * (D + Dv) * e  # keys and values of one head
 INDEX_BYTES = 4 * B * Hkv * T * K
-WIDTH = padded(D) + padded(Dv)
+WIDTH = padded(D, 16) + padded(Dv, 16)
 
 
 def _query_major(causal: bool) -> Cost:
     blocks = B * Hkv * selections(causal)
     block_bytes = blocks * N * (D + Dv) * e
+    sharing = least(least(K, S / N), most(1, FILLING / (B * Hkv * T)))  # programs of a token
     attend = Stage(
         name="query_major.attend",
-        flops=2 * blocks * N * WIDTH * padded(G),
+        flops=2 * blocks * N * WIDTH * padded(G, 8),  # heads are columns, which need not be 16
         copied=QUERY_BYTES + least(KEY_BYTES, block_bytes) + INDEX_BYTES,
         reread=block_bytes,
         footprint=least(HEAD_BYTES, block_bytes),
-        chain=least(K, S / N) * N * (D + Dv) * e,
+        chain=least(K, S / N) / sharing * N * (D + Dv) * e,
     )
-    return Cost(stages=(attend,), launches=sympy.Integer(1))
+    return Cost(stages=(attend,), launches=sympy.Integer(2))
 
 
 def _kv_major(causal: bool) -> Cost:
     found = selections(causal)
     far = most(0, found - FORCED * T) if causal else found
-    lists, attend, merge = _by_lists("kv_major", far)
+    lists, attend, merge, launches = _by_lists("kv_major", far)
     if not causal:
-        return Cost(stages=(lists, attend, merge), launches=sympy.Integer(16))
+        return Cost(stages=(lists, attend, merge), launches=launches)
     near_bytes = B * Hkv * (T + TILE_TOKENS + 2 * N) * (D + Dv) * e
     near = Stage(
         name="kv_major.local",
         flops=2 * B * Hq * T * (TILE_TOKENS + 2 * N) * WIDTH,
         copied=QUERY_BYTES + least(KEY_BYTES, near_bytes) + INDEX_BYTES,
     )
-    return Cost(stages=(near, lists, attend, merge), launches=sympy.Integer(17))
+    return Cost(stages=(near, lists, attend, merge), launches=launches + 1)
 
 
-def _by_lists(name: str, far: sympy.Expr) -> tuple[Stage, Stage, Stage]:
-    """Lists of the tokens of each KV block, partial outputs by slots, and their merge.
+def _by_lists(name: str, far: sympy.Expr) -> tuple[Stage, Stage, Stage, sympy.Expr]:
+    """Lists of the tokens of each KV block, partial outputs by slots, their merge; launches.
 
     Args:
         name: Of the loop order.
@@ -148,8 +149,9 @@ def _by_lists(name: str, far: sympy.Expr) -> tuple[Stage, Stage, Stage]:
     rows = B * Hq * far
     row = Dv * e + 4  # a partial output and its log-sum-exp
     all_of_head = G * T * K * row
-    scratch = least(3 * all_of_head, most(SCRATCH_BYTES, ROWS_PER_LIST * S / N * row))
-    chunks = 3 * all_of_head / scratch
+    half = most(sympy.Integer(SCRATCH_BYTES // 2), ROWS_PER_LIST * S / N * row)
+    chunks = most(1, all_of_head / half)
+    scratch = least(2 * half, rows * row)  # that is really written
     visits = B * Hkv * least(chunks * S / N, far)  # of a KV block by a chunk
     visited_bytes = visits * N * (D + Dv) * e
     lists = Stage(
@@ -172,7 +174,7 @@ def _by_lists(name: str, far: sympy.Expr) -> tuple[Stage, Stage, Stage]:
         reread=rows * row,
         footprint=scratch,
     )
-    return lists, attend, merge
+    return lists, attend, merge, 16 + B * Hkv * all_of_head / half
 
 
 def _tile_union(causal: bool) -> Cost:
@@ -187,16 +189,17 @@ def _tile_union(causal: bool) -> Cost:
         footprint=HEAD_BYTES,
         chain=U * N * (D + Dv) * e,
     )
-    rest = _by_lists("tile_union", T * R)
-    return Cost(stages=(listing, attend, *rest), launches=sympy.Integer(22))
+    *rest, launches = _by_lists("tile_union", T * R)
+    return Cost(stages=(listing, attend, *rest), launches=launches + 5)
 
 
 def _backward(causal: bool) -> Cost:
     """One backward for every loop order: a program owns a KV block."""
     found = selections(causal)
     rows = B * Hq * found
-    scratch = least(rows * D * e, most(BACKWARD_BYTES, 128 * S / N * D * e))
-    launches = most(1, rows * D * e / BACKWARD_BYTES)
+    whole = most(sympy.Integer(SCRATCH_BYTES), ROWS_PER_LIST * S / N * D * e)
+    scratch = least(rows * D * e, whole)
+    launches = most(1, rows * D * e / whole)
     visits = least(B * Hkv * found, most(B * Hkv, launches) * S / N)
     visits += rows / (2 * ITEM_ROWS)
     lists = Stage(
@@ -208,7 +211,7 @@ def _backward(causal: bool) -> Cost:
     delta = Stage(name="backward.delta", copied=2 * B * Hq * T * Dv * e)
     attend = Stage(
         name="backward.attend",
-        flops=2 * rows * N * (3 * padded(D) + 2 * padded(Dv)),
+        flops=2 * rows * N * (3 * padded(D, 16) + 2 * padded(Dv, 16)),
         copied=2 * QUERY_BYTES + 2 * KEY_BYTES,
         reread=rows * (2 * D + Dv) * e + visits * N * (D + Dv) * e,
         footprint=scratch,
@@ -243,12 +246,12 @@ def _dense(causal: bool) -> Cost:
 def _dense_backward(causal: bool) -> Cost:
     attend = Stage(
         name="dense_backward.attend",
-        flops=2 * B * Hq * seen(causal) * (3 * padded(D) + 2 * padded(Dv)),
+        flops=2 * B * Hq * seen(causal) * (3 * padded(D, 16) + 2 * padded(Dv, 16)),
         copied=2 * QUERY_BYTES + 2 * KEY_BYTES,
     )
     return Cost(stages=(attend,), launches=sympy.Integer(3))
 
 
-def padded_size(size: float) -> int:
+def padded_size(size: float, lowest: int) -> int:
     """The value of `padded`."""
-    return max(16, 1 << (math.ceil(size) - 1).bit_length())
+    return max(lowest, 1 << (math.ceil(size) - 1).bit_length())

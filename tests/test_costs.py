@@ -90,11 +90,12 @@ class TestFormulas:
         )
 
     @pytest.mark.parametrize(
-        ("size", "wanted"), [(0.5, 16), (1, 16), (16, 16), (17, 32), (80, 128), (128, 128)]
+        ("size", "lowest", "wanted"),
+        [(0.5, 16, 16), (1, 8, 8), (16, 16, 16), (17, 16, 32), (80, 16, 128), (128, 8, 128)],
     )
-    def test_padding(self, size, wanted):
-        assert padded_size(size) == wanted
-        assert padded(sympy.Rational(size)) == wanted
+    def test_padding(self, size, lowest, wanted):
+        assert padded_size(size, lowest) == wanted
+        assert padded(sympy.Rational(size), lowest) == wanted
 
     @pytest.mark.parametrize("name", PARTS)
     def test_compiled_numbers_are_those_of_the_formulas(self, name):
@@ -174,8 +175,8 @@ class TestPredictions:
 
     def test_small_problems_cost_their_launches(self):
         tiny = Problem(n_queries=16, n_keys=16, query_heads=1, kv_heads=1, n_slots=1, block_size=16)
-        launches = cost("kv_major").launches
-        assert predicted(tiny, ideal())["kv_major"] == pytest.approx(float(launches) * 1.2e-2)
+        launches = cost("query_major").launches
+        assert predicted(tiny, ideal())["query_major"] == pytest.approx(float(launches) * 1.2e-2)
 
     def test_query_major_loses_to_the_l2_cache_without_a_group(self):
         found = predicted(changed(kv_heads=32))
