@@ -157,7 +157,8 @@ def measure(case: Case, setting: Setting, known: Known) -> Iterator[common.Recor
         setting: What the whole run has in common.
         known: Times of dense attention that do not depend on the selection; grows.
     Yields:
-        A record for each; `status` is "ok", "wrong" or "out of memory", and only "ok" has times.
+        A record for each; `status` is "ok", "wrong", "failed" or "out of memory", and only "ok" has
+        times.
     """
     inputs = make(case, setting)
     about = {
@@ -221,7 +222,7 @@ def _dense(case: Case, inputs: Inputs, setting: Setting) -> Iterator[tuple[str, 
                 _keep_faster(best, DENSE_BACKWARD, {**found, "backend": name})
         except RuntimeError as error:
             # a backend that does not take these sizes; another one does
-            print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{name}: {_first_line(error)}", file=sys.stderr)
     yield from best.items()
 
 
@@ -246,17 +247,26 @@ def _checked_and_timed(
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return {"status": "out of memory"}
+    except Exception as error:  # a kernel that does not compile here must not end the whole run
+        return {"status": "failed", "reason": _first_line(error)}
     return {"status": "ok", **found, **common.timing_fields(timing)}
 
 
-def warm(case: Case, setting: Setting) -> None:
-    """Compile all that a case needs, for Triton's cache on disk."""
-    inputs = make(case, setting)
-    for loop_order in operator.LOOP_ORDERS:
-        out, lse = forward(inputs, loop_order)
-    if case.n_queries > 1:
-        backward(inputs, out, lse)
-    torch.cuda.synchronize()
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def warm(case: Case, setting: Setting) -> str | None:
+    """Compile all that a case needs, for Triton's cache on disk; what went wrong."""
+    try:
+        inputs = make(case, setting)
+        for loop_order in operator.LOOP_ORDERS:
+            out, lse = forward(inputs, loop_order)
+        if case.n_queries > 1:
+            backward(inputs, out, lse)
+    except Exception as error:  # it is met again, and recorded, where the case is measured
+        return f"{case.fields()}: {_first_line(error)}"
+    return None
 
 
 def warm_all(shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting, jobs: int) -> None:
@@ -265,7 +275,9 @@ def warm_all(shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting, j
     todo = list(cases(shapes, some, ["random"], decode=((1, 4096),)))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        list(pool.map(warm, todo, [setting] * len(todo)))
+        for trouble in pool.map(warm, todo, [setting] * len(todo)):
+            if trouble is not None:
+                print(trouble, file=sys.stderr)
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -346,7 +358,7 @@ def measured(chosen: argparse.Namespace) -> list[common.Record]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, judge and print; returns 1 if a kernel gave a wrong result."""
+    """Measure, judge and print; returns 1 if a kernel failed or gave a wrong result."""
     chosen = options(arguments)
     try:
         if chosen.source is None:
@@ -372,7 +384,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SparseCompileError, OSError, json.JSONDecodeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 1 if any(record["status"] == "wrong" for record in records) else 0
+    bad = [record for record in records if record["status"] in ("wrong", "failed")]
+    for record in bad:
+        why = record.get("reason") or f"error {record['error']:.1e}"
+        print(f"{record['status']}: {record['part']}, {planner_fit.case_name(record)}: {why}")
+    return 1 if bad else 0
 
 
 def show(choices: Sequence[planner_fit.Choice], title: str) -> None:

@@ -3,7 +3,7 @@
 | variable | meaning | default |
 |---|---|---|
 | `SPARSE_COMPILE_CONFIG` | TOML file with default options | none |
-| `SPARSE_COMPILE_CACHE_DIR` | folder of converted weights and tuning results | the user's cache folder |
+| `SPARSE_COMPILE_CACHE_DIR` | folder of converted weights, tuning results, rates | the user's cache folder |
 | `SPARSE_COMPILE_CHECK_VALUES` | 1: operators check values on CUDA too, which waits for the device | 0 |
 """
 

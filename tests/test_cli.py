@@ -184,6 +184,7 @@ class TestDoctor:
             "backend name",
             "cache folder",
             "options",
+            "rates",
         ]
         assert [str(f) for f in findings.values() if f.status == "fail"] == []
 
@@ -271,7 +272,7 @@ class TestDoctor:
         path = tmp_path / "options.toml"
         path.write_text("block_size = 32\n")
         monkeypatch.setenv(settings.CONFIG_VARIABLE, str(path))
-        finding = examine()[-1]
+        finding = next(f for f in examine() if f.name == "options")
         assert (finding.name, finding.status, finding.found) == ("options", "ok", str(path))
         assert "block_size=32" in finding.effect
 

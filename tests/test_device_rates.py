@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_compile import rates, settings
+from sparse_compile.cli import doctor as doctor_module
 from sparse_compile.cli import main
 from sparse_compile.cli.measure import rows
 from sparse_compile.kernels import device_rates
@@ -124,6 +125,28 @@ class TestCommand:
         monkeypatch.setattr(device_rates, "measure", full)
         assert main(["doctor", "--measure"]) == 1
         assert "RatesError: the GPU has too little free memory" in capsys.readouterr().err
+
+
+class TestDoctorSaysWhoseRatesAreUsed:
+    def test_without_a_gpu(self, no_gpu, cache):
+        finding = doctor_module._rates()
+        assert finding.status == "ok"
+        assert finding.found == "rates of NVIDIA H100 80GB HBM3, since nobody measured cpu"
+
+    @pytest.mark.parametrize(
+        ("device", "status", "found"),
+        [
+            ("NVIDIA Z9", "warn", "since nobody measured NVIDIA Z9"),
+            ("NVIDIA H100 80GB HBM3", "ok", "NVIDIA H100 80GB HBM3: "),
+        ],
+    )
+    def test_with_one(self, device, status, found, cache, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
+        finding = doctor_module._rates()
+        assert finding.status == status
+        assert found in finding.found
+        assert ("doctor --measure" in finding.effect) == (status == "warn")
 
 
 @pytest.mark.gpu

@@ -210,6 +210,25 @@ class TestRun:
             assert record["status"] == "wrong"
             assert "median_ms" not in record
 
+    def test_a_kernel_that_fails_is_recorded_and_ends_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.delenv("OUT", raising=False)
+        right = planner_regret.forward
+
+        def failing(inputs, loop_order):
+            if loop_order == "kv_major":
+                raise RuntimeError("out of resource\nat length")
+            return right(inputs, loop_order)
+
+        monkeypatch.setattr(planner_regret, "forward", failing)
+        monkeypatch.setattr(planner_regret, "TINY_TOKENS", (1,))
+        output = tmp_path / "regret.json"
+        arguments = ["--tiny", "--patterns", "random", "--output", str(output)]
+        assert planner_regret.main(arguments) == 1
+        by_part = {record["part"]: record for record in json.loads(output.read_text())}
+        assert by_part["kv_major"]["status"] == "failed"
+        assert by_part["query_major"]["status"] == by_part[DENSE]["status"] == "ok"
+        assert "failed: kv_major" in capsys.readouterr().out
+
     def test_without_a_gpu_it_refuses(self, capsys):
         assert planner_regret.main([]) == 1
         assert "UnsupportedEnvironmentError" in capsys.readouterr().err

@@ -77,7 +77,10 @@ def examine() -> list[Finding]:
     findings = [_python(), _torch(), _triton(), _transformers()]
     if findings[1].status != "fail":
         findings += [_gpu(), _compiler(), _backend_name()]
-    return [*findings, *_settings()]
+    findings += _settings()
+    if findings[1].status != "fail" and all(f.name != "environment" for f in findings):
+        findings.append(_rates())
+    return findings
 
 
 def _python() -> Finding:
@@ -224,6 +227,24 @@ def _options(found: settings.Settings) -> Finding:
     options = ", ".join(f"{name}={value!r}" for name, value in config.to_options().items())
     effect = f"In force where torch.compile gives none: {options}"
     return Finding(name="options", status="ok", found=origin, effect=effect)
+
+
+def _rates() -> Finding:
+    import torch
+
+    from sparse_compile import rates
+
+    has_gpu = torch.cuda.is_available()
+    known = rates.lookup(torch.cuda.get_device_name() if has_gpu else "cpu")
+    effect = "The planner predicts times with these"
+    if known.note and has_gpu:
+        effect += "; sparse-compile doctor --measure measures this device in half a minute"
+    return Finding(
+        name="rates",
+        status="warn" if known.note and has_gpu else "ok",
+        found=known.note or f"{known.rates.device}: {known.rates.origin}",
+        effect=effect,
+    )
 
 
 def _print_table(findings: list[Finding], works: bool) -> None:
