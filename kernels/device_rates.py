@@ -37,7 +37,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     product_size: int = 8192  # of square matrices
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     n_launches: int = 200
-    n_runs: int = 7
+    n_runs: int = 9
+    warm_up_s: float = 0.1  # before each number
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_reads"])
@@ -133,26 +134,26 @@ def measure(device: torch.device, plan: Plan | None = None) -> Iterator[tuple[st
 def _copied_per_s(device: torch.device, plan: Plan) -> float:
     source = torch.zeros(plan.copy_bytes // 4, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    return 2 * plan.copy_bytes / _median_s(lambda: target.copy_(source), device, plan.n_runs)
+    return 2 * plan.copy_bytes / _median_s(lambda: target.copy_(source), device, plan)
 
 
 def _reread_per_s(device: torch.device, plan: Plan, footprint_bytes: int, n_programs: int) -> float:
     x = torch.zeros(footprint_bytes // 4, dtype=torch.int32, device=device)
     n_reads = max(1, plan.traffic_bytes // (n_programs * TILE * 4))
-    took = _median_s(lambda: reread_sums(x, n_programs, n_reads), device, plan.n_runs)
+    took = _median_s(lambda: reread_sums(x, n_programs, n_reads), device, plan)
     return n_programs * n_reads * TILE * 4 / took
 
 
 def _alone_per_s(device: torch.device, plan: Plan) -> float:
     x = torch.zeros(plan.reread_footprints[0] // 4, dtype=torch.int32, device=device)
-    took = _median_s(lambda: reread_sums(x, 1, x.numel() // TILE), device, plan.n_runs)
+    took = _median_s(lambda: reread_sums(x, 1, x.numel() // TILE), device, plan)
     return x.numel() * 4 / took
 
 
 def _added_per_s(device: torch.device, plan: Plan, footprint_bytes: int, n_programs: int) -> float:
     x = torch.zeros(footprint_bytes // 4, device=device)
     n_adds = max(1, plan.traffic_bytes // 8 // (n_programs * TILE * 4))
-    took = _median_s(lambda: add_ones(x, n_programs, n_adds), device, plan.n_runs)
+    took = _median_s(lambda: add_ones(x, n_programs, n_adds), device, plan)
     return n_programs * n_adds * TILE * 4 / took
 
 
@@ -163,7 +164,7 @@ def _products_per_s(device: torch.device, plan: Plan, name: str) -> float:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # our kernels multiply float32 as it is
     try:
-        return 2 * size**3 / _median_s(lambda: a @ b, device, plan.n_runs)
+        return 2 * size**3 / _median_s(lambda: a @ b, device, plan)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -181,21 +182,27 @@ def _launch_s(device: torch.device, plan: Plan) -> float:
     return statistics.median(times[1:])
 
 
-def _median_s(call: Callable[[], object], device: torch.device, n_runs: int) -> float:
-    times = []
-    for _ in range(n_runs + 2):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def _median_s(call: Callable[[], object], device: torch.device, plan: Plan) -> float:
+    begin = time.perf_counter()
+    for _ in range(2):
+        call()
+    while time.perf_counter() - begin < plan.warm_up_s:  # until the clocks are up
+        call()
+        _wait(device)
+    return statistics.median(_once_s(call, device) for _ in range(plan.n_runs))
+
+
+def _once_s(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _wait(device: torch.device) -> None:

@@ -110,7 +110,7 @@ def choose_loop_order(
     """
     batch, query_heads, n_queries, head_dim = q.shape
     return _fastest(
-        q.device, q.dtype, batch, _rounded(n_queries), _rounded(k.shape[2]), query_heads,
+        q.device, q.dtype, max(1, batch), _rounded(n_queries), _rounded(k.shape[2]), query_heads,
         k.shape[1], head_dim, v.shape[3], block_indices.shape[3], block_size, causal,
     )  # fmt: skip
 
@@ -131,6 +131,7 @@ def _fastest(
 
 
 def _rounded(size: int) -> int:
+    size = max(1, size)
     step = 1 << max(0, size.bit_length() - 4)
     return -(-size // step) * step
 

@@ -121,11 +121,12 @@ def preserved_modes() -> Iterator[None]:
 
 
 def size_hint(size: Any) -> int | None:
-    """An example of a size, without a guard on it: of a number itself; None if nobody knows one."""
+    """An example of a size, without a guard on it; None if nobody knows one."""
     if isinstance(size, int):
-        return int(size)
+        return size
     node = getattr(size, "node", None)
-    return int(node.hint) if node is not None and node.has_hint() else None
+    has_hint = getattr(node, "has_hint", None)
+    return int(node.hint) if node is not None and has_hint is not None and has_hint() else None
 
 
 def is_module_state(node: fx.Node) -> bool:

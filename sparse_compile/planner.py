@@ -20,7 +20,7 @@ from sparse_compile.passes.lower_flex import flex_supported
 if TYPE_CHECKING:
     from sparse_compile.passes.programs import Proven
 
-Size = int | torch.SymInt
+Size = int | torch.SymInt | sympy.Expr
 FUSED_GQA = (torch.float16, torch.bfloat16)  # dtypes whose fused CUDA kernels take fewer KV heads
 
 
@@ -121,8 +121,9 @@ def plan_selected(
     """The loop order of a selected attention, with the prediction in words.
 
     Args:
-        n_queries: T. Sizes may be symbolic: `loop_order` is left empty then, which is None for the
-            operator; it chooses by the sizes of each call, so no guard is needed.
+        n_queries: T. Sizes may be symbolic, of torch or of sympy: `loop_order` is left empty then,
+            which is None for the operator; it chooses by the sizes of each call, so no guard is
+            needed.
         n_keys: S.
         query_heads: Hq.
         kv_heads: Hkv.
@@ -142,7 +143,10 @@ def plan_selected(
             keys: another function, unless the selection holds them all.
     """
     value_dim = head_dim if value_dim is None else value_dim
-    sizes = (batch, n_queries, n_keys, query_heads, kv_heads, head_dim, value_dim, n_slots)
+    sizes = [
+        int(size) if isinstance(size, sympy.Integer) else size
+        for size in (batch, n_queries, n_keys, query_heads, kv_heads, head_dim, value_dim, n_slots)
+    ]
     hints = [_compat.size_hint(size) for size in sizes]
     if None in hints:
         why = "sizes are not known yet: chosen at each call"
@@ -160,9 +164,13 @@ def plan_selected(
     if not all(type(size) is int for size in sizes):
         why = f"chosen at each call; at {problem.n_queries} tokens {found}"
         return KernelPlan(kernel="selected_attention", why=why)
-    aligned = not causal or n_queries in (1, n_keys)  # what F.scaled_dot_product_attention can do
+    n_queries = problem.n_queries
+    aligned = not causal or n_queries in (
+        1,
+        problem.n_keys,
+    )  # what F.scaled_dot_product_attention can do
     if allow_dense and aligned and found.is_dense_faster:
-        grouped = query_heads != kv_heads
+        grouped = problem.query_heads != problem.kv_heads
         flags = {
             "enable_gqa": grouped and device.type == "cuda" and dtype in FUSED_GQA,
             "is_causal": causal and n_queries > 1,
@@ -179,7 +187,8 @@ def plan_selected(
 
 def device_name(device: torch.device) -> str:
     """What `sparse_compile.rates.lookup` calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    is_here = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if is_here else device.type
 
 
 def measure_overlap(block_indices: Tensor, *, n_tiles: int = 64) -> Overlap:

@@ -329,6 +329,12 @@ class TestPlans:
         assert (plan.loop_order, plan.why) == ("", "sizes are not known yet: chosen at each call")
         assert env.guards == []
 
+    def test_sizes_of_sympy(self):
+        whole = {**SIZES, "n_queries": sympy.Integer(32768), "kv_heads": sympy.Integer(8)}
+        assert plan_selected(**whole) == plan_selected(**SIZES)
+        symbol = {**SIZES, "n_queries": sympy.Symbol("s0")}
+        assert plan_selected(**symbol).loop_order == ""
+
     def test_a_compiled_graph_of_symbolic_sizes_is_one_graph(self):
         from torch._dynamo.testing import CompileCounter
 
@@ -365,6 +371,15 @@ class TestChoiceOfTheOperator:
         wanted, _ = operator.launch(q, k, v, lists, 16, 0.25, True, None, chosen)
         assert asked == [chosen, chosen]
         assert torch.equal(out, wanted)
+
+    @pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 0, 0)], ids=str)
+    def test_nothing_to_compute_is_no_problem(self, shape):
+        from sparse_compile.kernels import selected_attention as operator
+
+        batch, queries, keys = shape
+        q, k = torch.zeros(batch, 2, queries, 16), torch.zeros(batch, 1, keys, 16)
+        lists = torch.zeros(batch, 1, queries, 4, dtype=torch.int32)
+        assert operator.choose_loop_order(q, k, k, lists, 16, True) in operator.LOOP_ORDERS
 
     @pytest.mark.gpu
     def test_choosing_does_not_wait_for_the_device(self):

@@ -15,7 +15,7 @@ from sparse_compile.kernels.device_rates import TILE, Plan, add_ones, reread_sum
 
 TINY = Plan(
     copy_bytes=2**16, reread_footprints=(4 * TILE, 16 * TILE), atomic_footprints=(4 * TILE,),
-    traffic_bytes=2**18, product_size=16, dtypes=("float32",), n_launches=2, n_runs=1,
+    traffic_bytes=2**18, product_size=16, dtypes=("float32",), n_launches=2, n_runs=1, warm_up_s=0.0,
 )  # fmt: skip
 
 
