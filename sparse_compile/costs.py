@@ -69,8 +69,10 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
         """The values of `SYMBOLS`."""
         overlap = self.overlap or assumed_overlap(self)
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        # queries before the first key read nothing
+        n_queries = min(self.n_queries, self.n_keys) if self.causal else self.n_queries
         return (
-            self.batch, self.n_queries, self.n_keys, self.query_heads, self.kv_heads,
+            self.batch, n_queries, self.n_keys, self.query_heads, self.kv_heads,
             self.head_dim, value_dim, self.n_slots, self.block_size, ITEMSIZES[self.dtype],
             overlap.shared, overlap.left,
         )  # fmt: skip
@@ -182,7 +184,7 @@ def assumed_overlap(problem: Problem) -> Overlap:
         if problem.n_keys > crowded_to:
             return Overlap(shared=0.0, left=slots)
         return Overlap(shared=problem.n_keys / problem.block_size, left=0.0)
-    first = problem.n_keys - problem.n_queries
+    first = max(0.0, problem.n_keys - problem.n_queries)
     end = min(problem.n_keys, max(first, crowded_to))
     share = (end - first) / problem.n_queries  # of the tokens, which see few KV blocks
     seen = (first + end) / 2 / problem.block_size

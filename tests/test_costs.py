@@ -52,14 +52,14 @@ def problems() -> st.SearchStrategy[Problem]:
 
     def build(group, kv_heads, tokens, before, dim, slots, block, causal, backward):
         return Problem(
-            n_queries=tokens, n_keys=tokens + before, query_heads=group * kv_heads,
+            n_queries=tokens, n_keys=max(1, tokens + before), query_heads=group * kv_heads,
             kv_heads=kv_heads, head_dim=dim, n_slots=slots, block_size=block, causal=causal,
             backward=backward,
         )  # fmt: skip
 
     return st.builds(
         build, st.integers(1, 32), st.integers(1, 16), st.integers(1, 10**5),
-        st.integers(0, 10**5), st.sampled_from([16, 64, 80, 128, 256]), st.integers(1, 64),
+        st.integers(-(10**4), 10**5), st.sampled_from([16, 64, 80, 128, 256]), st.integers(1, 64),
         st.sampled_from([16, 32, 64, 128]), st.booleans(), st.booleans(),
     )  # fmt: skip
 
