@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -249,6 +250,13 @@ def _above(peak: PeakMemory, n_bytes: int) -> int | None:
 
 def _allocated(setting: Setting) -> int | None:
     return torch.cuda.memory_allocated() if setting.device == "cuda" else None
+
+
+def release(device: str) -> None:
+    """Give cached memory back."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def share(part: float | None, whole: float | None) -> float | None:

@@ -104,7 +104,9 @@ def count(block_indices: Tensor, block_size: int) -> tuple[int, int]:
     return n_blocks, n_keys
 
 
-def attention(shape: Shape, n_pairs: int, direction: str, other_bytes: float = 0.0) -> Floor:
+def attention(
+    shape: Shape, n_pairs: int, direction: str, other_bytes: float = 0.0, n_keys: int | None = None
+) -> Floor:
     """The floor of an attention in which rows read keys `n_pairs` times together.
 
     Two matrix products forward and five backward; every tensor is moved once.
@@ -113,15 +115,39 @@ def attention(shape: Shape, n_pairs: int, direction: str, other_bytes: float = 0
         shape: The sizes.
         n_pairs: Pairs of a query row and a key that it reads, over all query heads.
         direction: `forward`, `backward` or `step`, which is both.
-        other_bytes: Bytes of what else is read.
+        other_bytes: Bytes of what else is moved.
+        n_keys: How many keys there are, if not as many as tokens.
     """
     n_products = {"forward": 2, "backward": 5, "step": 7}[direction]
     # forward: q, out; k, v. Backward: q, out, grad of out and of q; k, v and their gradients.
     n_query, n_key = {"forward": (2, 2), "backward": (4, 4), "step": (6, 6)}[direction]
-    moved = n_query * shape.query_bytes + n_key * shape.key_bytes
+    key_bytes = shape.key_bytes // shape.tokens * (shape.tokens if n_keys is None else n_keys)
+    moved = n_query * shape.query_bytes + n_key * key_bytes
     return Floor(
         flops=2.0 * n_products * n_pairs * shape.head_dim, n_bytes=float(moved + other_bytes)
     )
+
+
+def choice(shape: Shape, n_pairs: int, n_keys: int) -> Floor:
+    """The floor of scoring and choosing KV blocks: one product, `q` and the compressed keys."""
+    key_bytes = shape.key_bytes // shape.tokens * n_keys
+    list_bytes = 4 * shape.tokens * shape.kv_heads * shape.slots
+    return Floor(
+        flops=2.0 * n_pairs * shape.head_dim,
+        n_bytes=float(shape.query_bytes + key_bytes + list_bytes),
+    )
+
+
+def window_pairs(tokens: int, width: int) -> int:
+    """How many keys all tokens read that read the last `width` each."""
+    width = min(width, tokens)
+    return tokens * width - width * (width - 1) // 2
+
+
+def compressed_pairs(tokens: int, block: int, stride: int) -> int:
+    """How many compressed keys all tokens read that read those behind them."""
+    n_compressed = max(0, (tokens - block) // stride + 1)
+    return sum(tokens - (c * stride + block - 1) for c in range(n_compressed))
 
 
 def loop_order_ms(order: str, shape: Shape, n_blocks: int, direction: str) -> float | None:

@@ -84,14 +84,42 @@ def _shared(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, rounding: torch.dtype | None) -> Tensor:
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if rounding is not None:
+        return _Rounded.apply(q, k, v, keep, rounding)
     # a row with nothing to read gives 0, and no NaN gradient
     empty = ~keep.any(-1, keepdim=True)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~keep & ~empty, float("-inf")).softmax(-1)
-    weights = weights.masked_fill(empty, 0.0)
-    if rounding is not None:
-        weights = weights.to(rounding).to(v.dtype)
-    return weights @ v
+    return weights.masked_fill(empty, 0.0) @ v
+
+
+class _Rounded(torch.autograd.Function):
+    """The natural error: rounds what matrix units multiply and what a forward hands on.
+
+    A backward without a [T, S] matrix has but the rounded output and the log-sum-exp, which is off
+    by one step here, to compute the weights from.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep, rounding):
+        def rounded(x: Tensor) -> Tensor:
+            return x.to(rounding).to(x.dtype)
+
+        scores = ((q @ k.mT) * q.shape[-1] ** -0.5).masked_fill(~keep, float("-inf"))
+        out = rounded(rounded(scores.softmax(-1).nan_to_num(0.0)) @ v)
+        ctx.rounded = rounded
+        ctx.save_for_backward(q, k, v, scores, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, scores, out = ctx.saved_tensors
+        lse = scores.logsumexp(-1, keepdim=True)
+        lse = lse * (1 + torch.finfo(lse.dtype).eps * torch.randn_like(lse).sign())
+        weights = torch.exp(scores - lse).nan_to_num(0.0)
+        delta = (grad * out).sum(-1, keepdim=True)
+        inner = ctx.rounded(weights * (grad @ v.mT - delta) * q.shape[-1] ** -0.5)
+        return inner @ k, inner.mT @ q, ctx.rounded(weights).mT @ grad, None, None
 
 
 def block_scores(
@@ -153,7 +181,7 @@ class Truth:
 
 
 def truth_of(reference: Reference, inputs: Inputs, grad_rows: Tensor) -> Truth:
-    """Run a reference in float64, and in float32 with what is multiplied rounded.
+    """Run a reference in float64, and in float32 as the working dtype rounds it.
 
     Args:
         reference: Gives the rows.

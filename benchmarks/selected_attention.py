@@ -10,7 +10,6 @@ compared with float64 before anything is timed; `benchmarks/peers.py` says what 
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from benchmarks.attention_runs import (
     dense_variants,
     measure,
     peer_variant,
+    release,
     share,
 )
 from sparse_compile import ops
@@ -177,9 +177,7 @@ def run_all(
         for shape in shapes:
             for pattern in (*([DENSE] if ours else []), *patterns):
                 yield from run_case(Case(shape=shape, pattern=pattern), setting, found, ours=ours)
-                gc.collect()
-                if setting.device == "cuda":
-                    torch.cuda.empty_cache()
+                release(setting.device)
 
 
 def show(records: Sequence[Record]) -> None:
