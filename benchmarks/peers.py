@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SIZE, SINKS, LOCAL = 64, 1, 2  # the last two are fixed in flash-linear-attention
@@ -171,6 +172,10 @@ class FlashLinearAttention(Peer):
     ) -> tuple[Tensor, Tensor]:
         """Compressed attention, [B, T, Hq, D], and lists, [B, T, Hkv, K]."""
         n_tokens, scale = q.shape[1], q.shape[-1] ** -0.5
+        # it counts the last, incomplete block too, though no query reads it
+        missing = -(-n_tokens // BLOCK_SIZE) - k_cmp.shape[1]
+        if missing:
+            k_cmp, v_cmp = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k_cmp, v_cmp))
         compressed, lse = self._module.parallel_nsa_compression(
             q=q, k=k_cmp, v=v_cmp, TK=n_tokens, block_size=BLOCK_SIZE, scale=scale
         )
