@@ -72,8 +72,11 @@ def _select_kernel(
                 lse = tl.load(l_base + g * stride_l_h, mask=live, other=0.0)
                 s = tl.dot(q, k, input_precision=PRECISION) * scale - lse[:, None]
                 weights += tl.where(visible, tl.exp2(s * 1.4426950408889634), 0.0)
-            score = tl.dot(weights, in_tile, carry, input_precision="tf32x3")  # [BLOCK_M, BLOCK_K]
-            carry = tl.dot(weights, in_next, input_precision="tf32x3")
+            if RUNS * OWN_RUNS == 1:  # a compressed key for each KV block
+                score = weights  # [BLOCK_M, BLOCK_K]
+            else:
+                score = tl.dot(weights, in_tile, carry, input_precision="tf32x3")
+                carry = tl.dot(weights, in_next, input_precision="tf32x3")
             block = (start + j)[None, :]
             forced = (block < SINKS) | (block > own[:, None] - LOCAL)
             # not negative, so its bits order as it does
