@@ -96,6 +96,14 @@ def spread(q: Tensor, scores: str) -> Tensor:
 
 
 def _select_cpu(q, k, n_selected, block_size, sinks, local, scale, scores):
+    with torch.autocast("cpu", enabled=False):  # it would multiply in 16 bits
+        return _select_by_tiles(q, k, n_selected, block_size, sinks, local, scale, scores)
+
+
+def _select_by_tiles(
+    q: Tensor, k: Tensor, n_selected: int, block_size: int, sinks: int, local: int, scale: float,
+    scores: str,
+) -> Tensor:  # fmt: skip
     n_tokens, n_keys = q.shape[2], k.shape[2]
     acc = torch.promote_types(q.dtype, torch.float32)
     keys = pooled(k.to(acc), block_size, scores)[:, :, None]  # [B, Hkv, 1, n, D]

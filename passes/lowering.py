@@ -190,6 +190,27 @@ def _program_attention(
     return emitter.call(operator.getitem, both, 0)
 
 
+def _selected_attention(
+    emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
+) -> fx.Node:
+    # these register the operators
+    import sparse_compile.kernels.selected_attention
+    import sparse_compile.kernels.top_k_selection  # noqa: F401
+
+    scale, flags = proven.program.scale, plan.flags
+    # the choice of KV blocks has no gradient
+    chosen = emitter.call(
+        PROGRAM_OP.top_k_selection.default, emitter.method("detach", q),
+        emitter.method("detach", k), flags["k"], flags["block_size"], flags["sinks"],
+        flags["local"], scale, flags["scores"],
+    )  # fmt: skip
+    both = emitter.call(
+        PROGRAM_OP.selected_attention.default, q, k, v, chosen, flags["block_size"], scale, True,
+        None, plan.loop_order or None,
+    )  # fmt: skip
+    return emitter.call(operator.getitem, both, 0)
+
+
 def _flex_attention(
     emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
 ) -> fx.Node:
@@ -339,4 +360,5 @@ _KERNELS = {
     "sdpa": _sdpa,
     "flex_attention": _flex_attention,
     "program_attention": _program_attention,
+    "selected_attention": _selected_attention,
 }

@@ -2,6 +2,9 @@
 
 Both sides read the same random tensors where Q, K, V and everything else enter; all arithmetic is
 float64 wherever the operators allow it. A proof that is wrong shows as a difference of order one.
+
+A replacement that selects KV blocks is meant to differ. It is run with all of them selected, where it
+must not: that checks all but which blocks are chosen, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from sparse_compile.passes.rewrite import Replacement
     from sparse_compile.passes.shadow import Shadow
 
+SELECTION = "sparse_compile.top_k_selection.default"
 TOLERANCE = 1e-5  # casts to float32 inside the model leave errors of this order
 MAX_ELEMENTS = 2**24  # a larger score tensor is not built
 SEED = 0
@@ -57,7 +61,9 @@ def validate(proven: Proven, shadow: Shadow, replacement: Replacement) -> str:
         ours = _Runner(inputs.of_dynamo(replacement)).value(replacement.value)
     except Exception as error:
         return f"failed: the replacement raised {type(error).__name__}: {error}"
-    return _compare(original, ours)
+    verdict = _compare(original, ours)
+    is_selected = any(str(node.target) == SELECTION for node in replacement.new)
+    return f"{verdict}, with k covering all KV blocks" if is_selected else verdict
 
 
 def _compare(original: torch.Tensor, ours: torch.Tensor) -> str:
@@ -185,11 +191,18 @@ class _Runner:
         if node.op == "call_method":
             name = "double" if node.target in ("half", "bfloat16", "float") else str(node.target)
             result = getattr(args[0], name)(*args[1:], **kwargs)
+        elif str(node.target) == SELECTION:
+            result = node.target(*_of_all_blocks(*args))  # type: ignore[operator]
         elif node.op == "call_function":
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
             raise ValueError(f"{node.op} has no value here")
         return pytree.tree_map_only(torch.Tensor, _widened, result)
+
+
+def _of_all_blocks(q: Any, k: Any, n_selected: int, block_size: int, *rest: Any) -> tuple[Any, ...]:
+    """The arguments of a selection, with as many KV blocks to select as there are."""
+    return q, k, -(-k.shape[2] // block_size), block_size, *rest
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+if TYPE_CHECKING:
+    import sympy
 
 RestartAnalysis = TensorifyScalarRestartAnalysis  # what Dynamo lets a backend raise, to trace again
 
@@ -127,6 +130,18 @@ def size_hint(size: Any) -> int | None:
     node = getattr(size, "node", None)
     has_hint = getattr(node, "has_hint", None)
     return int(node.hint) if node is not None and has_hint is not None and has_hint() else None
+
+
+def symbolic_size(size: sympy.Expr, example: torch.Tensor) -> int | torch.SymInt:
+    """A size of a trace as PyTorch has it; comparing a symbolic one adds a guard.
+
+    Args:
+        size: Its expression.
+        example: A fake tensor of the trace.
+    """
+    if size.is_Integer:
+        return int(size)
+    return example.fake_mode.shape_env.create_symintnode(size, hint=None)  # type: ignore[attr-defined]
 
 
 def is_module_state(node: fx.Node) -> bool:

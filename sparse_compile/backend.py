@@ -55,7 +55,8 @@ class _Session:
         sites = tuple(
             msgspec.structs.replace(
                 site, status="declined", reason_code="compile-failed", reason=reason,
-                kernel=None, loop_order=None, why=None,
+                kernel=None, loop_order=None, why=None, policy=None, not_policy_code=None,
+                not_policy_reason=None,
             )
             for site in graph.sites
         )  # fmt: skip

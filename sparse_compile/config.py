@@ -23,11 +23,11 @@ from sparse_compile.option_checks import (
 )
 
 Policy = Literal["exact", "top_p", "top_k", "native"]
+Scores = Literal["bounds", "mean"]
 
 PREFIX = "sparse_compile."
 NOT_YET = {  # policy -> what it waits for; delete a line when that policy can run
     "top_p": "the sparse kernels",
-    "top_k": "the sparse kernels",
     "native": "the sparse kernels",
 }
 
@@ -38,9 +38,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Args:
         policy: What the user accepts: `exact`, `top_p`, `top_k` or `native`.
         p: Share of softmax mass every row keeps, in (0, 1]; only with `top_p`, 0.95 there.
-        k: KV blocks every row reads; only with `top_k`, 16 there.
+        k: KV blocks every row reads, at most 64; only with `top_k`, 16 there.
         block_size: Key positions in a KV block: 16, 32, 64 or 128.
         min_tokens: Sites with fewer key positions stay exact; not with `exact`.
+        sinks: How many of the `k` are the first KV blocks; only with `top_k`, 1 there.
+        local: How many of the `k` are those up to the row's own; only with `top_k`, 2 there.
+        scores: How `top_k` ranks the others: by `bounds` on their keys (Quest), or by the `mean` of
+            their keys. Left out: `bounds` for heads of up to 128 channels, `mean` for larger ones.
         sites: Pattern of module paths (`fnmatch`) -> options of the sites it matches. The first
             pattern that matches wins.
         verify: Compare every site with the model's own computation before it is replaced.
@@ -56,6 +60,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     k: int | None = None
     block_size: int = 64
     min_tokens: int = 0
+    sinks: int | None = None
+    local: int | None = None
+    scores: Scores | None = None
     sites: dict[str, dict[str, Any]] = {}
     verify: bool = False
     strict: bool = False
@@ -124,6 +131,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path, pattern):
                 return self._overridden(options)
         return self
+
+    def forced_blocks(self) -> tuple[int, int]:
+        """How many sinks and how many local KV blocks `top_k` always selects.
+
+        Fewer than usual where `k` has no room for them.
+        """
+        assert self.k is not None
+        n_sinks = 1 if self.sinks is None else self.sinks
+        n_local = self.local
+        if n_local is None:
+            n_local = max(1, min(2, self.k - n_sinks))
+        return (min(n_sinks, self.k - n_local) if self.sinks is None else n_sinks), n_local
 
     def to_options(self) -> dict[str, Any]:
         """The `options` of `torch.compile` that give this configuration."""

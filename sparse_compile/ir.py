@@ -246,6 +246,8 @@ class KernelPlan(msgspec.Struct, frozen=True, kw_only=True):
     loop_order: str = ""  # of our templates; "" for others, or if chosen at each call
     flags: dict[str, Any] = {}  # e.g. {"is_causal": True, "enable_gqa": True}
     why: str
+    policy: str = "exact"  # what it promises
+    not_policy: Reason | None = None  # why it does not promise what the user asked for
 
     def __str__(self) -> str:
         return f"{self.kernel}: {self.why}"

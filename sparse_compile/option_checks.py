@@ -12,11 +12,15 @@ BLOCK_SIZES = (16, 32, 64, 128)
 POLICIES: dict[str, tuple[str, ...]] = {  # policy -> the options that have a meaning only there
     "exact": (),
     "top_p": ("p", "min_tokens"),
-    "top_k": ("k", "min_tokens"),
+    "top_k": ("k", "min_tokens", "sinks", "local", "scores"),
     "native": ("min_tokens",),
 }
-POLICY_DEFAULTS: dict[str, Any] = {"p": 0.95, "k": 16, "min_tokens": 0}
-SITE_OPTIONS = ("policy", "p", "k", "block_size", "min_tokens")
+POLICY_DEFAULTS: dict[str, Any] = {
+    "p": 0.95, "k": 16, "min_tokens": 0, "sinks": None, "local": None, "scores": None,
+}  # fmt: skip
+SITE_OPTIONS = ("policy", "block_size", *POLICY_DEFAULTS)
+MAX_K = 64  # slots that the kernels have for a row
+SCORES = ("bounds", "mean")
 
 _EXAMPLES = {
     "sites": 'Write for example sites = {"model.layers.0.*": {"policy": "exact"}}.',
@@ -53,9 +57,13 @@ def _check_policy_options(policy: str, values: Mapping[str, Any]) -> None:
         refuse("p", p, "a number above 0 and at most 1", "Write for example p = 0.95.")
     if k is not None and (not _is_int(k) or k < 1):
         refuse("k", k, "an integer of at least 1", "Write for example k = 16.")
+    if k is not None and k > MAX_K:
+        refuse("k", k, f"at most {MAX_K} KV blocks", "Take a larger block_size.")
     if not _is_int(min_tokens) or min_tokens < 0:
         refuse("min_tokens", min_tokens, "an integer of at least 0", "Write 0 for no threshold.")
-    for name, value in (("p", p), ("k", k), ("min_tokens", min_tokens or None)):
+    _check_selection(values)
+    for name in POLICY_DEFAULTS:
+        value = values[name] or None if name == "min_tokens" else values[name]
         if value is not None and name not in POLICIES[policy]:
             owners = [owner for owner, options in POLICIES.items() if name in options]
             raise ConfigError(
@@ -63,6 +71,26 @@ def _check_policy_options(policy: str, values: Mapping[str, Any]) -> None:
                 f"  Expected {name} only with policy {listed(owners, 'or')}.\n"
                 f'  Remove {name}, or set policy to "{owners[0]}".'
             )
+
+
+def _check_selection(values: Mapping[str, Any]) -> None:
+    sinks, local, scores = values["sinks"], values["local"], values["scores"]
+    if sinks is not None and (not _is_int(sinks) or sinks < 0):
+        refuse("sinks", sinks, "an integer of at least 0", "Leave it out to use 1.")
+    if local is not None and (not _is_int(local) or local < 1):
+        advice = "A row's own KV block has no score: it is always read."
+        refuse("local", local, "an integer of at least 1", advice)
+    if scores is not None and scores not in SCORES:
+        hint = nearest(scores, SCORES) or "Leave it out to let the head size decide."
+        refuse("scores", scores, f"one of {listed(SCORES)}", hint)
+    k = POLICY_DEFAULTS["k"] if values["k"] is None else values["k"]
+    forced = (sinks or 0) + (1 if local is None else local)
+    if values["policy"] == "top_k" and forced > k:
+        raise ConfigError(
+            f"sinks is {sinks or 0} and local {local or 1}, but k is {k}.\n"
+            "  Expected at most k KV blocks that are always read.\n"
+            "  Raise k, or lower the others."
+        )
 
 
 def _check_site_names(sites: Mapping[Any, Any], fields: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ from sparse_compile.passes.rewrite import Replacement, rewrite
 from sparse_compile.passes.shadow import Shadow, build_shadow
 from sparse_compile.passes.sites import site_of
 from sparse_compile.passes.validate import validate
-from sparse_compile.planner import plan
+from sparse_compile.policies import plan_site
 
 if TYPE_CHECKING:
     from sparse_compile.config import Config
@@ -203,7 +203,8 @@ def _run_one(
             if item.proven is not None:
                 device = item.proven.candidate.out.node.meta["val"].device
                 training = item.proven.candidate.out.node in shadow.differentiable
-                item.plan = plan(item.proven, device=device, training=training)
+                own = config.for_site(item.site.name)
+                item.plan = plan_site(item.proven, own, device=device, training=training)
     for item in work:
         if item.site.name in refused:
             item.validation = refused[item.site.name]

@@ -36,6 +36,22 @@ class TestDefaults:
         assert Config(policy="top_p").k is None
         assert Config(policy="top_k").p is None
 
+    @pytest.mark.parametrize(
+        ("options", "forced"),
+        [
+            ({}, (1, 2)),
+            ({"k": 3}, (1, 2)),
+            ({"k": 2}, (1, 1)),
+            ({"k": 1}, (0, 1)),
+            ({"k": 2, "sinks": 0}, (0, 2)),
+            ({"k": 2, "local": 2}, (0, 2)),
+            ({"sinks": 4, "local": 5}, (4, 5)),
+        ],
+        ids=str,
+    )
+    def test_blocks_that_are_always_read(self, options, forced):
+        assert Config(policy="top_k", **options).forced_blocks() == forced
+
     def test_none_means_not_given(self):
         assert Config.from_options({"p": None, "policy": None}) == Config()
 
@@ -78,8 +94,8 @@ class TestNames:
         text = message(Config.from_options, {"polcy": "exact"})
         assert text == (
             'unknown option "polcy".\n'
-            "  Expected one of: block_size, inductor, k, min_tokens, p, policy, sites, strict, "
-            "verify.\n"
+            "  Expected one of: block_size, inductor, k, local, min_tokens, p, policy, scores, "
+            "sinks, sites, strict, verify.\n"
             '  Did you mean "policy"?'
         )
 
@@ -119,6 +135,12 @@ class TestValues:
             ({"policy": "top_k", "k": 2.0}, "k is 2.0.", "an integer of at least 1"),
             ({"policy": "top_k", "k": True}, "k is True (a bool)", "an integer of at least 1"),
             ({"policy": "top_k", "k": "8"}, 'k is "8" (a string)', "an integer of at least 1"),
+            ({"policy": "top_k", "k": 65}, "k is 65.", "at most 64 KV blocks"),
+            ({"policy": "top_k", "sinks": -1}, "sinks is -1.", "an integer of at least 0"),
+            ({"policy": "top_k", "sinks": True}, "sinks is True (a bool)", "an integer of"),
+            ({"policy": "top_k", "local": 0}, "local is 0.", "an integer of at least 1"),
+            ({"policy": "top_k", "scores": "max"}, 'scores is "max" (a string)', "bounds, mean"),
+            ({"policy": "top_k", "scores": 1}, "scores is 1.", "one of bounds, mean"),
             ({"block_size": 48}, "block_size is 48.", "the integer 16, 32, 64 or 128"),
             ({"block_size": "64"}, 'block_size is "64" (a string)', "16, 32, 64 or 128"),
             ({"block_size": True}, "block_size is True (a bool)", "16, 32, 64 or 128"),
@@ -170,6 +192,21 @@ class TestCombinations:
         assert text.startswith('k is 8, but policy is "top_p".')
         assert text.endswith('Remove k, or set policy to "top_k".')
 
+    def test_more_forced_blocks_than_there_is_room_for(self):
+        text = message(Config, policy="top_k", k=4, sinks=2, local=3)
+        assert text.startswith("sinks is 2 and local 3, but k is 4.")
+        assert message(Config, policy="top_k", sinks=16).startswith(
+            "sinks is 16 and local 1, but k"
+        )
+
+    @pytest.mark.parametrize("option", [{"sinks": 0}, {"local": 1}, {"scores": "mean"}], ids=str)
+    def test_options_of_top_k_elsewhere(self, option):
+        (name,) = option
+        text = message(Config, policy="top_p", **option)
+        assert text.startswith(f'{name} is {option[name]}, but policy is "top_p"')
+        dropped = Config(policy="top_k", sites={"a": {"policy": "exact"}}, **option)
+        assert getattr(dropped.for_site("a"), name) is None
+
     def test_p_with_top_k(self):
         assert message(Config, policy="top_k", p=0.9).startswith('p is 0.9, but policy is "top_k"')
 
@@ -186,7 +223,7 @@ class TestCombinations:
 
 
 class TestRunnable:
-    @pytest.mark.parametrize("policy", ["top_p", "top_k", "native"])
+    @pytest.mark.parametrize("policy", ["top_p", "native"])
     def test_policies_this_version_cannot_run(self, policy):
         text = message(Config.from_options, {"policy": policy})
         assert text.startswith(f"policy {policy} needs the sparse kernels, which this version (0.1")
@@ -194,8 +231,8 @@ class TestRunnable:
         assert message(Config.from_options, Config(policy=policy)) == text
 
     def test_also_of_one_site(self):
-        text = message(Config.from_options, {"sites": {"layers.0": {"policy": "top_k"}}})
-        assert text.startswith("policy top_k needs")
+        text = message(Config.from_options, {"sites": {"layers.0": {"policy": "native"}}})
+        assert text.startswith("policy native needs")
 
     def test_a_wrong_value_is_told_first(self):
         assert message(Config.from_options, {"policy": "top_p", "p": 2}).startswith("p is 2.")

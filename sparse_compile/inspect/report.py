@@ -77,6 +77,9 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str | None = None
     loop_order: str | None = None
     why: str | None = None  # the planner's words
+    policy: str | None = None  # that the kernel keeps to: exact, top_k
+    not_policy_code: str | None = None  # why that is not the policy that was asked for
+    not_policy_reason: str | None = None
     source: str = ""  # file:line of the model's code
     site: ir.AttentionSite | None = None  # all that is proven
     before: GraphSlice = GraphSlice()
@@ -104,6 +107,9 @@ class SiteReport(msgspec.Struct, frozen=True, kw_only=True):
             kernel=kept.kernel if kept else None,
             loop_order=(kept.loop_order or None) if kept else None,
             why=kept.why if kept else None,
+            policy=kept.policy if kept else None,
+            not_policy_code=kept.not_policy.code if kept and kept.not_policy else None,
+            not_policy_reason=kept.not_policy.message if kept and kept.not_policy else None,
             source=site.source,
             before=before,
             after=after,
