@@ -9,6 +9,7 @@ from sparse_compile import settings
 from sparse_compile.errors import OperatorError
 
 BLOCK_SIZES = (16, 32, 64, 128)
+TILES = (16, 32, 64, 128)
 MAX_SLOTS = 64
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -161,4 +162,63 @@ def check_compression(
         raise OperatorError(
             f"k_cmp has {k_cmp.shape[2]} compressed keys. Expected {expected}: those of {n_keys} keys "
             f"with block {block} and stride {stride}."
+        )
+
+
+def check_tile(tile: int) -> None:
+    """Refuse a size of query tiles that no kernel has."""
+    if tile not in TILES:
+        raise OperatorError(f"tile is {tile}. Expected one of {', '.join(map(str, TILES))}.")
+
+
+def check_lists(
+    q: Tensor, k: Tensor, block_indices: Tensor, block_counts: Tensor, full_counts: Tensor | None,
+    tile: int, block_size: int,
+) -> None:  # fmt: skip
+    """Refuse lists of KV blocks of a wrong shape, dtype or device, and values where they may be read."""
+    lists = {"block_indices": block_indices, "block_counts": block_counts}
+    if full_counts is not None:
+        lists["full_counts"] = full_counts
+    for name, tensor in lists.items():
+        if tensor.dtype != torch.int32:
+            raise OperatorError(
+                f"{name} is {tensor.dtype}. Expected torch.int32; convert it with .int()."
+            )
+        if tensor.device != q.device:
+            raise OperatorError(f"{name} is on {tensor.device}. Expected {q.device}, as q.")
+    batch, heads, n_tiles = q.shape[0], q.shape[1], -(-q.shape[2] // tile)
+    shape = tuple(block_indices.shape)
+    fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, k.shape[1], heads)
+    if not fits or shape[2] != n_tiles or shape[3] < 1:
+        raise OperatorError(
+            f"block_indices has shape {shape}. Expected [{batch}, {heads} or {k.shape[1]}, "
+            f"{n_tiles}, K], or 1 instead of the first two where all share: batch, heads, tiles of "
+            f"{tile} queries, KV blocks."
+        )
+    for name, tensor in list(lists.items())[1:]:
+        if tuple(tensor.shape) != shape[:3]:
+            raise OperatorError(
+                f"{name} has shape {tuple(tensor.shape)}. Expected {shape[:3]}, as block_indices."
+            )
+    if not may_look(block_indices):
+        return
+    full = torch.zeros_like(block_counts) if full_counts is None else full_counts
+    for name, tensor, most in (
+        ("block_counts", block_counts, torch.full_like(full, shape[3])),
+        ("full_counts", full, block_counts),
+    ):
+        wrong = (tensor < 0) | (tensor > most)
+        if bool(wrong.any()):
+            at = wrong.nonzero()[0].tolist()
+            raise OperatorError(
+                f"{name}{at} is {int(tensor[tuple(at)])}. Expected 0 to {int(most[tuple(at)])}."
+            )
+    n_blocks = -(-k.shape[2] // block_size)
+    listed = torch.arange(shape[3], device=q.device) < block_counts[..., None]
+    wrong = listed & ((block_indices < 0) | (block_indices >= n_blocks))
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        raise OperatorError(
+            f"block_indices{at} is {int(block_indices[tuple(at)])}. Expected a KV block from 0 to "
+            f"{n_blocks - 1}."
         )

@@ -113,7 +113,7 @@ def program_attention(
     text = program if isinstance(program, str) else program.encode()
     _check_tensors(q, k, v)
     if not torch.compiler.is_dynamo_compiling():  # which cannot trace the parser
-        _check_program(tiled.parsed(text), q, operands)
+        check_program(tiled.parsed(text), q, operands)
     if not 0.0 <= dropout_p <= 1.0:
         raise OperatorError(f"dropout_p is {dropout_p}. Expected a share from 0 to 1.")
     if dropout_p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
@@ -157,7 +157,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_program(program: ScoreProgram, q: Tensor, operands: Sequence[Tensor]) -> None:
+def check_program(program: ScoreProgram, q: Tensor, operands: Sequence[Tensor]) -> None:
+    """Refuse operands that do not fit a program."""
     parts = [program.score, program.keep, program.sink, program.weight]
     known = {*INDICES, expressions.x}
     for part in parts:

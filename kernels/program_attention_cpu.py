@@ -40,7 +40,7 @@ class _Part(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _slopes(text: str, operand: int) -> tuple[_Part, ...]:
+def slopes_of(text: str, operand: int) -> tuple[_Part, ...]:
     """The derivative of each formula with respect to each distinct read of an operand."""
     program = parsed(text)
     parts = []
@@ -388,6 +388,7 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
     wanted: Sequence[bool],
+    grad_lse: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of `q`, `k`, `v` and of the wanted operands.
 
@@ -401,11 +402,12 @@ def backward(
         *(torch.zeros(tensor.shape, dtype=acc, device=q.device) for tensor in (q, k, v)),
         {i: torch.zeros(one.shape, dtype=acc, device=q.device) for i, one in chosen.items()},
     )
-    parts = {i: _slopes(program, i) for i in chosen}
+    parts = {i: slopes_of(program, i) for i in chosen}
     if problem.keys:
         for tile in problem.tiles():
             rows = slice(tile.start, tile.stop)
-            _backward_tile(problem, tile, grad_out[:, :, rows].to(acc), total, parts)
+            above = None if grad_lse is None else grad_lse[:, :, rows, None].to(acc)
+            _backward_tile(problem, tile, grad_out[:, :, rows].to(acc), above, total, parts)
     total.q.mul_(problem.program.scale)
     grads = zip((q, k, v, *chosen.values()), (*total[:3], *total.operands.values()), strict=True)
     return [grad.to(tensor.dtype) for tensor, grad in grads]
@@ -415,13 +417,14 @@ def _backward_tile(
     problem: _Problem,
     tile: _Tile,
     grad_out: Tensor,  # [B, Hq, rows, Dv]
+    grad_lse: Tensor | None,  # [B, Hq, rows, 1]
     total: _Gradients,
     parts: dict[int, tuple[_Part, ...]],
 ) -> None:
     """Adds a tile's share to the gradients.
 
     With `P` the softmax's weights and `F` what they are multiplied by: `dV = (P F)^T dO`,
-    `dP = F (dO V^T)`, `dlogits = P (dP - sum(P dP))`.
+    `dP = F (dO V^T)`, `dlogits = P (dP - sum(P dP) + dlse)`.
     """
     columns = slice(tile.first, tile.last)
     scores, logits = problem.logits(tile)
@@ -443,6 +446,8 @@ def _backward_tile(
     if factor is not None:
         grad_weights = grad_weights * factor
     mean = (weights * grad_weights).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        mean = mean - grad_lse
     grad_logits = weights * (grad_weights - mean)
     for number, found in parts.items():
         for part in found:

@@ -5,22 +5,31 @@ They stand on the operators `torch.ops.sparse_compile.*`, which torch.compile ke
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Literal, overload
 
+import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile import expressions
 from sparse_compile.errors import OperatorError
+from sparse_compile.ir import EmptyRows, ScoreProgram
+from sparse_compile.kernels import block_sparse as _block_sparse  # noqa: F401 (registers it)
 from sparse_compile.kernels import checks, key_ranges
-from sparse_compile.kernels import range_attention as _range  # noqa: F401 (registers it)
+from sparse_compile.kernels import range_attention as _range  # noqa: F401
 from sparse_compile.kernels import select_top_k as _select  # noqa: F401
 from sparse_compile.kernels import selected_attention as _selected
+from sparse_compile.kernels.program_attention import check_program
 
 LoopOrder = Literal["query_major", "kv_major", "tile_union"]
 
 __all__ = [
     "LoopOrder",
+    "block_sparse_attention",
     "compressed_attention",
+    "list_blocks",
     "native_sparse_attention",
     "select_top_k",
     "selected_attention",
@@ -278,6 +287,157 @@ def native_sparse_attention(
     branches = (compressed, selected, near)
     terms = [gate * out for gate, out in zip(gates.split(1, dim=-1), branches, strict=True)]
     return (terms[0] + terms[1] + terms[2]).to(q.dtype)
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *, tile: int,
+    block_size: int, mask: sympy.Basic | None = ..., score: sympy.Expr | None = ...,
+    operands: Sequence[Tensor] = ..., full_counts: Tensor | None = ..., sink: sympy.Expr | None = ...,
+    empty_rows: EmptyRows = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *, tile: int,
+    block_size: int, mask: sympy.Basic | None = ..., score: sympy.Expr | None = ...,
+    operands: Sequence[Tensor] = ..., full_counts: Tensor | None = ..., sink: sympy.Expr | None = ...,
+    empty_rows: EmptyRows = ..., scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, *, tile: int,
+    block_size: int, mask: sympy.Basic | None = None, score: sympy.Expr | None = None,
+    operands: Sequence[Tensor] = (), full_counts: Tensor | None = None,
+    sink: sympy.Expr | None = None, empty_rows: EmptyRows = "zero", scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention in which every tile of queries reads its own list of KV blocks; differentiable.
+
+    Formulas are written with the symbols of `sparse_compile.expressions`: `b` a sequence, `h` a
+    query head, `t` and `s` the rows of `q` and `k`, `x` the score; `Load(i, ...)` reads an element
+    of `operands[i]`. On CUDA they are printed into the kernels. The forward, and the gradients of
+    `q`, `k` and `v`, give the same bits every time.
+
+    Args:
+        q: Queries, [B, Hq, T, D] float16, bfloat16 or float32 (on the CPU float64 too), D <= 256.
+        k: Keys, [B, Hkv, S, D]; query head `h` reads head `h // (Hq // Hkv)`.
+        v: Values, [B, Hkv, S, Dv].
+        block_indices: The KV blocks that each tile reads, [B, Hq or Hkv, ceil(T / tile), K] int32,
+            in any order; B and heads may be 1 where all share. One listed twice counts twice.
+        block_counts: How many entries of each list count, [B, Hq or Hkv, ceil(T / tile)] int32.
+        tile: Query tokens that share a list: 16, 32, 64 or 128.
+        block_size: Keys in a KV block: 16, 32, 64 or 128.
+        mask: Which keys a query reads, a Boolean of `b`, `h`, `t` and `s`; all if left out.
+        score: The logit, a formula of `x` and the indices; `x` if left out.
+        operands: The tensors that formulas load from; floating ones may require grad.
+        full_counts: How many of each list's entries, at its end, are KV blocks in which nothing is
+            masked, of the shape of `block_counts`; `mask` is not computed there. None: 0.
+        sink: One more logit in the softmax's denominator, a formula of `b`, `h` and `t`.
+        empty_rows: What a row that reads no key gives: "zero", "uniform" (the mean of all values)
+            or "nan"; with a sink always zero.
+        scale: `x` is `q . k` times this; `D ** -0.5` if left out.
+        return_lse: Whether to return the log-sum-exp too.
+
+    Returns:
+        The output, [B, Hq, T, Dv] in the dtype of `q`; with `return_lse` also the natural
+        log-sum-exp of each row's logits, sink included, [B, Hq, T] float32; -inf for none.
+
+    Raises:
+        OperatorError: An argument has a wrong shape, dtype, device or value, or a formula holds
+            what no kernel can compute. The values of lists are looked at on the CPU; on CUDA only
+            if SPARSE_COMPILE_CHECK_VALUES is 1, since that waits for the device.
+    """
+    checks.check_heads(q, k, v)
+    checks.check_tile(tile)
+    checks.check_block_size(block_size)
+    checks.check_lists(q, k, block_indices, block_counts, full_counts, tile, block_size)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    program, text = _program(scale, mask, score, sink, empty_rows)
+    check_program(program, q, operands)
+    try:
+        out, lse = torch.ops.sparse_compile.block_sparse_attention_v1(
+            q, k, v, block_indices, block_counts, full_counts, list(operands), text, tile,
+            block_size,
+        )  # fmt: skip
+    except NotImplementedError as error:
+        raise OperatorError(
+            f"mask, score or sink cannot be computed: {error}. Expected arithmetic, comparisons, "
+            "Where, exp, log, sqrt, tanh, sin, cos, erf, floor, Mod, Abs, Min and Max."
+        ) from error
+    return (out, lse) if return_lse else out
+
+
+def list_blocks(
+    q: Tensor, k: Tensor, mask: sympy.Basic, *, tile: int, block_size: int,
+    operands: Sequence[Tensor] = (), capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """List the KV blocks of which a mask keeps anything, for `block_sparse_attention`.
+
+    The mask is bounded over whole blocks, by interval arithmetic on the device; nothing of size
+    [T, S] is made. A list may hold a block that turns out to keep nothing.
+
+    Args:
+        q: Queries, [B, Hq, T, D]; only its shape and device matter.
+        k: Keys, [B, Hkv, S, D], likewise.
+        mask: Which keys a query reads, a Boolean of `b`, `h`, `t` and `s`.
+        tile: Query tokens that share a list.
+        block_size: Keys in a KV block.
+        operands: The tensors that `mask` loads from.
+        capacity: The length of the lists, where it is known that none is longer; all KV blocks if
+            left out.
+
+    Returns:
+        `block_indices`, `block_counts` and `full_counts`; B and heads are 1 where the mask does not
+        depend on them.
+
+    Raises:
+        OperatorError: An argument has a wrong shape, dtype or value, or `capacity` is too small
+            (checked on the CPU; elsewhere the list is cut off).
+    """
+    checks.check_heads(q, k, k, ("q", "k", "k"))
+    checks.check_tile(tile)
+    checks.check_block_size(block_size)
+    program, text = _program(1.0, mask, None, None, "zero")
+    check_program(program, q, operands)
+    if capacity is not None and capacity < 1:
+        raise OperatorError(f"capacity is {capacity}. Expected at least 1, or None.")
+    found = torch.ops.sparse_compile.list_blocks_v1(
+        q.detach(), k.detach(), [x.detach() for x in operands], text, tile, block_size, capacity
+    )
+    if (
+        capacity is not None
+        and found[1].numel()
+        and checks.may_look(found[1])
+        and int(found[1].max()) > capacity
+    ):
+        raise OperatorError(
+            f"capacity is {capacity}. Expected at least {int(found[1].max())}, the longest list."
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(
+    scale: float, mask: sympy.Basic | None, score: sympy.Expr | None, sink: sympy.Expr | None,
+    empty_rows: EmptyRows,
+) -> tuple[ScoreProgram, str]:  # fmt: skip
+    """A program, and as a string."""
+    keep = sympy.true if mask is None else sympy.sympify(mask)
+    if not expressions.is_predicate(keep):
+        raise OperatorError(f"mask is {keep}. Expected a Boolean, such as a comparison.")
+    if keep.has(expressions.x):
+        raise OperatorError(f"mask is {keep}. Expected none of the score in it, x.")
+    formulas = {"score": expressions.x if score is None else sympy.sympify(score)}
+    if sink is not None:
+        formulas["sink"] = sympy.sympify(sink)
+        if formulas["sink"].has(expressions.x, expressions.s):
+            raise OperatorError(f"sink is {sink}. Expected a formula of b, h and t only.")
+    for name, formula in formulas.items():
+        if expressions.is_predicate(formula):
+            raise OperatorError(f"{name} is {formula}. Expected a number, not a Boolean.")
+    if empty_rows not in ("zero", "uniform", "nan"):
+        raise OperatorError(f'empty_rows is "{empty_rows}". Expected "zero", "uniform" or "nan".')
+    program = ScoreProgram(scale=scale, keep=keep, empty_rows=empty_rows, **formulas)
+    return program, program.encode()
 
 
 def _compressed_tokens(
