@@ -20,8 +20,9 @@ from torch import Tensor
 from sparse_compile import expressions
 from sparse_compile.evaluation import evaluate, read_positions
 from sparse_compile.expressions import INDICES, Load, Truth, b, h, s, t
-from sparse_compile.kernels import block_sparse_lists
+from sparse_compile.kernels import block_sparse_lists, checks
 from sparse_compile.kernels import program_attention_cpu as tiled
+from sparse_compile.kernels.triton_text import unprintable
 
 if TYPE_CHECKING:
     from sparse_compile.ir import ScoreProgram
@@ -48,6 +49,25 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor[] operands, str program, int tile, int block_size, int? capacity) "
     "-> (Tensor block_indices, Tensor block_counts, Tensor full_counts)",
 )
+
+
+def refusal(
+    program: ScoreProgram, device_type: str, head_dim: int, value_dim: int, dtype: torch.dtype
+) -> str | None:
+    """Why the Triton kernels cannot compute such an attention; None if they can."""
+    if device_type != "cuda":
+        return f"block_sparse_attention has no kernel on {device_type}"
+    if dtype not in checks.DTYPES:
+        return f"block_sparse_attention has no kernel for {dtype}"
+    if not 1 <= min(head_dim, value_dim) <= max(head_dim, value_dim) <= checks.MAX_HEAD_DIM:
+        return f"block_sparse_attention needs head sizes of 1 to {checks.MAX_HEAD_DIM}"
+    if program.weight is not None:
+        return "block_sparse_attention has no place for factors after the softmax"
+    for formula in (program.score, program.keep, program.sink):
+        unknown = None if formula is None else unprintable(formula)
+        if unknown is not None:
+            return f"block_sparse_attention has no text for {unknown}"
+    return None
 
 
 def block_sparse_attention_ref(

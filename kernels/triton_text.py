@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 
 _INT32 = 2**31 - 1
@@ -362,3 +363,24 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.sinh: _unary("(tl.exp({x}) - tl.exp(-{x})) * 0.5"),
     torch.cosh: _unary("(tl.exp({x}) + tl.exp(-{x})) * 0.5"),
 }
+
+
+_PRINTED = frozenset([
+    "Add", "Mul", "Abs", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "floor",
+    "ceiling", "sign", "exp", "log", "tanh", "sin", "cos", "erf", "sinh", "cosh", "Load", "Where",
+    "Truth", "And", "Or", "Not", "Xor",
+])  # fmt: skip
+
+
+def unprintable(formula: sympy.Basic) -> str | None:
+    """A part of a formula that has no Triton text; None if there is none."""
+    for part in sympy.preorder_traversal(formula):
+        if isinstance(part, sympy.Pow):
+            known = part.exp.is_Integer or part.exp == sympy.Rational(1, 2)
+        elif not part.args or isinstance(part, sympy.core.relational.Relational):
+            known = True
+        else:
+            known = type(part).__name__ in _PRINTED
+        if not known:
+            return str(part)
+    return None

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sparse_compile.passes.emit import Emitter
 
 PROGRAM_OP = torch.ops.sparse_compile
+TILE, BLOCK_SIZE = 128, 128  # of lists of KV blocks
+LOOKED_AT = 2**22  # pairs of a tile and a KV block, to find the longest list
 
 
 def lower(emitter: Emitter, proven: Proven, plan: KernelPlan) -> fx.Node:
@@ -211,6 +213,59 @@ def _selected_attention(
     return emitter.call(operator.getitem, both, 0)
 
 
+def _block_sparse_attention(
+    emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
+) -> fx.Node:
+    import sparse_compile.kernels.block_sparse  # noqa: F401  registers the operators
+
+    program, refs = closed_program(proven)
+    if not proven.may_be_empty:
+        program = msgspec.structs.replace(program, empty_rows="zero")
+    device = q.meta["example_value"].device
+    operands = [operand_node(emitter, proven, ref, device) for ref in refs]
+    lists = _block_lists(emitter, program, operands, q, k)
+    both = emitter.call(
+        PROGRAM_OP.block_sparse_attention_v1.default, q, k, v, *lists, operands, program.encode(),
+        TILE, BLOCK_SIZE,
+    )  # fmt: skip
+    return emitter.call(operator.getitem, both, 0)
+
+
+def _block_lists(
+    emitter: Emitter, program: ScoreProgram, operands: list[fx.Node], q: fx.Node, k: fx.Node
+) -> list[fx.Node]:
+    """Lists of the KV blocks that the mask keeps; sites with the same mask and sizes share them."""
+    used = sorted({int(load.args[0]) for load in program.keep.atoms(Load)})
+    number = {old: new for new, old in enumerate(used)}
+    keep = program.keep.replace(Load, lambda i, *index: Load(number[int(i)], *index))
+    text = type(program)(keep=keep).encode()
+    read = [operands[i] for i in used]
+    shapes = [tuple(node.meta["example_value"].shape[:3]) for node in (q, k)]
+    key = ("block lists", text, tuple(read), str(shapes))
+    if key not in emitter.shared:
+        arguments = [emitter.method("detach", node) for node in (q, k)]
+        read = [emitter.method("detach", node) for node in read]
+        lists = emitter.call(
+            PROGRAM_OP.list_blocks_v1.default, *arguments, read, text, TILE, BLOCK_SIZE,
+            None if used else _longest_list(text, shapes),
+        )  # fmt: skip
+        parts = [emitter.call(operator.getitem, lists, i) for i in range(3)]
+        emitter.shared[key] = (lists, *parts)
+    return list(emitter.shared[key][1:])
+
+
+def _longest_list(text: str, shapes: list[tuple[Any, ...]]) -> int | None:
+    """How many KV blocks the longest list of a mask that reads nothing has, if sizes are known."""
+    sizes = [size for shape in shapes for size in shape]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    if shapes[0][1] * shapes[0][2] * shapes[1][2] > LOOKED_AT * TILE * BLOCK_SIZE:
+        return None
+    q, k = (torch.empty(1).expand(*shape, 1) for shape in shapes)
+    _, counts, _ = PROGRAM_OP.list_blocks_v1(q, k, [], text, TILE, BLOCK_SIZE, None)
+    return max(1, int(counts.max())) if counts.numel() else None
+
+
 def _flex_attention(
     emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node, k: fx.Node, v: fx.Node
 ) -> fx.Node:
@@ -358,6 +413,7 @@ def _plain_shape(node: fx.Node) -> tuple[Any, ...]:
 
 _KERNELS = {
     "sdpa": _sdpa,
+    "block_sparse_attention": _block_sparse_attention,
     "flex_attention": _flex_attention,
     "program_attention": _program_attention,
     "selected_attention": _selected_attention,

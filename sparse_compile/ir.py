@@ -242,7 +242,7 @@ class AttentionSite(msgspec.Struct, frozen=True, kw_only=True):
 class KernelPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What will replace a site."""
 
-    kernel: str  # "sdpa", "flex_attention", "program_attention", "selected_attention"
+    kernel: str  # "sdpa", "flex_attention", "block_sparse_attention", "selected_attention", ...
     loop_order: str = ""  # of our templates; "" for others, or if chosen at each call
     flags: dict[str, Any] = {}  # e.g. {"is_causal": True, "enable_gqa": True}
     why: str

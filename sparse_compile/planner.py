@@ -8,12 +8,13 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile import _compat, costs, rates
+from sparse_compile import _compat, costs, rates, winners
 from sparse_compile import expressions as ex
 from sparse_compile.cost_formulas import DENSE, TILE_SHARED, TILE_TOKENS
 from sparse_compile.costs import Overlap, Problem
 from sparse_compile.expressions import Load
 from sparse_compile.ir import KernelPlan
+from sparse_compile.kernels import block_sparse
 from sparse_compile.kernels.selected_attention import LOOP_ORDERS
 from sparse_compile.passes.lower_flex import flex_supported
 
@@ -48,6 +49,15 @@ def plan(proven: Proven, *, device: torch.device, training: bool) -> KernelPlan:
     elif proven.candidate.dropout_p:
         refused = "it has no dropout"
     what = _what(proven)
+    dropout = "it has no dropout" if proven.candidate.dropout_p else None
+    ours = dropout or block_sparse.refusal(program, device.type, head, value, dtype)
+    chosen, why = _faster(proven, device, training)
+    if ours is None and (refused is not None or chosen == "block_sparse_attention"):
+        why = f"flex_attention: {refused}" if refused is not None else why
+        return KernelPlan(
+            kernel="block_sparse_attention",
+            why=f"{what}: printed into our own kernel, blocks without a kept key are skipped; {why}",
+        )
     if refused is None:
         return KernelPlan(
             kernel="flex_attention",
@@ -56,6 +66,19 @@ def plan(proven: Proven, *, device: torch.device, training: bool) -> KernelPlan:
     return KernelPlan(
         kernel="program_attention",
         why=f"{what}: computed tile by tile from the formula; flex_attention: {refused}",
+    )
+
+
+def _faster(proven: Proven, device: torch.device, training: bool) -> tuple[str, str]:
+    """The kernel that the table of measured cases names."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return winners.DEFAULT, "no GPU here"
+    keys = proven.roles.sizes()[ex.s]
+    return winners.kernel_for(
+        winners.case_of(proven.mask.atoms, proven.program),
+        device=torch.cuda.get_device_name(device),
+        tokens=int(keys) if keys.is_Integer else None,
+        training=training,
     )
 
 

@@ -40,6 +40,7 @@ FLOORS = {  # module or sub-package -> floor; the longest name that fits counts
     "planner": 3,
     "policies": 3,
     "runtime": 3,
+    "winners": 3,
     "cli": 4,
     "integrations": 4,
     "testing": 4,
