@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def parser(description: str, tokens: Sequence[int]) -> argparse.ArgumentParser:
     made.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
     made.add_argument("--tokens", nargs="+", type=int, default=list(tokens))
     made.add_argument("--groups", nargs="+", type=int, default=[16, 4, 1])
-    made.add_argument("--calls", type=int, default=20, help="timed calls of each measurement")
+    made.add_argument("--calls", type=int, default=12, help="timed calls of each measurement")
     made.add_argument("--peers", type=Path, metavar="DIR", help="folder of others' checkouts")
     made.add_argument("--no-peers", action="store_true", help="leave --peers aside")
     return made
@@ -65,6 +66,8 @@ def run(chosen: argparse.Namespace, name: str, measure: Measure) -> tuple[list[R
     except SparseCompileError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return [], 1
+    gc.collect()
+    gc.freeze()  # what is imported stays: each measurement of memory collects garbage first
     found, missing = peers.load(None if chosen.no_peers else chosen.peers)
     for peer, reason in missing.items():
         print(f"{peer}: {reason}", file=sys.stderr)
@@ -81,6 +84,8 @@ def run(chosen: argparse.Namespace, name: str, measure: Measure) -> tuple[list[R
     except DeviceLostError as error:
         print(f"The device is lost, the rest is not measured: {error}", file=sys.stderr)
         bad = True
+    finally:
+        gc.unfreeze()
     return records, int(bad)
 
 
@@ -120,7 +125,28 @@ def pivot(
     common.print_table(title, [*by, *lead, *names], lines)
 
 
-def with_share(record: Record) -> str:
+def show_times(title: str, records: Sequence[Record], by: Sequence[str]) -> None:
+    """Print times and shares of the floor: ours beside floors and targets, then the others'.
+
+    Args:
+        title: Above the tables.
+        records: Of one direction.
+        by: Fields that tell cases apart.
+    """
+    ours = [dict(r) for r in records if r["kind"] == "ours"]
+    orders: dict[str, None] = {}  # whose time on the L2 cache is known
+    for record in ours:
+        if record.get("loop_order_l2_ms") is not None:
+            column = f"L2 {record['variant']}"
+            orders[column] = None
+            record[column] = record["loop_order_l2_ms"]
+    others = [r for r in records if r["kind"] != "ours"]
+    title = f"{title}: ms and share of the floor"
+    pivot(title, ours, by, ("floor_ms", *orders, "target_ms"), _with_share)
+    pivot(f"{title}, others", others, by, (), _with_share)
+
+
+def _with_share(record: Record) -> str:
     """Milliseconds and the share of the floor, or what went wrong."""
     if "median_ms" not in record:
         return record["status"]
@@ -128,8 +154,16 @@ def with_share(record: Record) -> str:
     return f"{record['median_ms']:.2f}" + ("" if part is None else f" {part:.0%}")
 
 
-def mebibytes(record: Record) -> str | None:
-    """Memory beyond inputs and outputs."""
+def show_memory(title: str, records: Sequence[Record], by: Sequence[str]) -> None:
+    """Print memory beyond inputs and outputs: ours beside what was agreed, then the others'."""
+    ours = [r for r in records if r["kind"] == "ours"]
+    others = [r for r in records if r["kind"] != "ours"]
+    title = f"{title}: MiB beyond inputs and outputs"
+    pivot(title, ours, by, ("at_most_mib",), _mebibytes)
+    pivot(f"{title}, others", others, by, (), _mebibytes)
+
+
+def _mebibytes(record: Record) -> str | None:
     n_bytes = record.get("extra_bytes")
     return None if n_bytes is None else f"{n_bytes / 2**20:.0f}"
 

@@ -45,7 +45,7 @@ class Setting:
     dtype: torch.dtype
     n_calls: int
     seed: int
-    limit_s: float = 0.8  # for the timed calls of one measurement
+    limit_s: float = 0.4  # for the timed calls of one measurement
 
 
 @dataclass(frozen=True, kw_only=True)

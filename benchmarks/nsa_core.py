@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, floors, peers, row_reference, selections
-from benchmarks.attention_program import VERDICT_COLUMNS, parser, pivot, run, verdicts, with_share
+from benchmarks.attention_program import VERDICT_COLUMNS, parser, run, show_times, verdicts
 from benchmarks.attention_runs import (
     Named,
     Problem,
@@ -396,8 +396,7 @@ def show(records: Sequence[Record]) -> None:
     for direction in ("forward", "backward", "step"):
         chosen = [r for r in records if r["direction"] == direction]
         if chosen:
-            title = f"{direction}: ms and share of the floor"
-            pivot(title, chosen, by, ("floor_ms", "target_ms"), with_share)
+            show_times(direction, chosen, by)
             whole = [r for r in chosen if r["part"] == "whole"]
             rows = verdicts(whole, by)
             common.print_table(f"{direction}: goals, ms", [*by, *VERDICT_COLUMNS], rows)

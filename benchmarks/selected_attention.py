@@ -22,12 +22,11 @@ from torch import Tensor
 from benchmarks import common, floors, peers, row_reference, selections
 from benchmarks.attention_program import (
     VERDICT_COLUMNS,
-    mebibytes,
     parser,
-    pivot,
     run,
+    show_memory,
+    show_times,
     verdicts,
-    with_share,
 )
 from benchmarks.attention_runs import (
     Problem,
@@ -190,17 +189,13 @@ def show(records: Sequence[Record]) -> None:
         dense = [
             {**r, "floor_ms": None, "floor_share": None} for r in of_direction if r not in sparse
         ]
-        patterns = dict.fromkeys(r["pattern"] for r in sparse)
+        patterns = list(dict.fromkeys(r["pattern"] for r in sparse))
         for pattern in patterns:
             chosen = [r for r in sparse if r["pattern"] == pattern]
-            title = f"{direction}, {pattern}: ms and share of the floor"
-            pivot(title, chosen + dense, by, ("floor_ms", "target_ms"), with_share)
-        first = next(iter(patterns))
-        one = [r for r in sparse if r["pattern"] == first] + dense
-        pivot(
-            f"{direction}, {first}: MiB beyond inputs and outputs", one, by, ("at_most_mib",),
-            mebibytes,
-        )  # fmt: skip
+            show_times(f"{direction}, {pattern}", chosen + dense, by)
+        for pattern in patterns[:1]:
+            chosen = [r for r in sparse if r["pattern"] == pattern] + dense
+            show_memory(f"{direction}, {pattern}", chosen, by)
         case = ("pattern", *by)
         rows = verdicts(sparse, case)
         common.print_table(f"{direction}: goals, ms", [*case, *VERDICT_COLUMNS], rows)

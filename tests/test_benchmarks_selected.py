@@ -73,6 +73,11 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(attention_program, "setting_of", lambda chosen: (setting, [SMALL]))
 
 
+@pytest.fixture(autouse=True)
+def _no_other_output(monkeypatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+
+
 def run(main: Callable[..., int], path: Path, *flags: str) -> tuple[int, list[dict]]:
     code = main(["--tiny", "--output", str(path), *flags])
     return code, json.loads(path.read_text())
@@ -358,3 +363,22 @@ def test_goals_are_those_agreed_or_the_fastest_library():
     members[0]["target_ms"] = 3.5
     assert attention_program.verdicts(members, ("tokens",))[0][-1] == "missed"
     assert attention_program.verdicts(members[1:2], ("tokens",))[0][-1] is None
+
+
+@pytest.mark.gpu
+def test_a_short_run_on_a_gpu(tmp_path):
+    sizes = ["--tokens", "1024", "--groups", "4", "--calls", "3", "--no-peers"]
+    for main in (selected_attention.main, nsa_core.main):
+        path = tmp_path / "x.json"
+        assert main([*sizes, "--output", str(path)]) == 0
+        records = json.loads(path.read_text())
+        assert {r["status"] for r in records} == {"ok"}
+        assert all(r["extra_bytes"] >= 0 for r in records if r.get("part") != "choice")
+
+
+@pytest.mark.gpu
+def test_others_window_is_ours():
+    q, k, v = (torch.randn(1, 300, n, 64, device="cuda").bfloat16() for n in (4, 2, 2))
+    out = peers.flash_window(q, k, v, 100).transpose(1, 2)
+    ours = window_by_ours(q, k, v, 100).transpose(1, 2)
+    torch.testing.assert_close(out, ours, rtol=0.02, atol=0.02)  # some roundings of bfloat16
