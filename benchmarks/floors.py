@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,6 +64,26 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Core:
+    """The sizes of one core."""
+
+    shape: Shape
+    window: int = 512
+    block: int = 32
+    stride: int = 16
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As our functions name those of the compressed keys."""
+        return {"block": self.block, "stride": self.stride}
+
+    @property
+    def n_compressed(self) -> int:
+        """Compressed keys."""
+        return max(0, (self.shape.tokens - self.block) // self.stride + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Floor:
     """Work that cannot be avoided, and the time that it takes at the rates of the device."""
 
@@ -95,7 +117,7 @@ def count(block_indices: Tensor, block_size: int) -> tuple[int, int]:
         How many KV blocks are selected, and how many keys are read, by all tokens and KV heads.
     """
     n_blocks = n_keys = 0
-    position = block_indices.new_tensor(range(block_indices.shape[2]))[:, None]
+    position = torch.arange(block_indices.shape[2], device=block_indices.device)[:, None]
     for head in block_indices.flatten(0, 1):
         live = (head >= 0) & (head * block_size <= position)
         keys = (position + 1 - head * block_size).clamp(max=block_size)
@@ -148,6 +170,40 @@ def compressed_pairs(tokens: int, block: int, stride: int) -> int:
     """How many compressed keys all tokens read that read those behind them."""
     n_compressed = max(0, (tokens - block) // stride + 1)
     return sum(tokens - (c * stride + block - 1) for c in range(n_compressed))
+
+
+def of_core(part: str, core: Core, lists: Tensor, direction: str) -> Floor:
+    """The floor of a part, or of the whole: all its products, and every tensor moved once."""
+    shape, heads, n_keys = core.shape, core.shape.query_heads, core.n_compressed
+    n_compressed = compressed_pairs(shape.tokens, core.block, core.stride) * heads
+    compressed = attention(shape, n_compressed, direction, n_keys=n_keys)
+    choosing = choice(shape, n_compressed, n_keys)
+    if part == "dense":
+        n_pairs = heads * shape.tokens * (shape.tokens + 1) // 2
+        return attention(shape, n_pairs, direction)
+    if part == "compressed":
+        return compressed
+    if part == "choice":
+        return choosing
+    if part == "compressed and choice":
+        return compressed if direction == "backward" else compressed + choosing
+    n_near = window_pairs(shape.tokens, core.window) * heads
+    near = attention(shape, n_near, direction)
+    if part == "window":
+        return near
+    n_selected = count(lists, shape.block_size)[1] * shape.group
+    selected = attention(shape, n_selected, direction, lists.nbytes)
+    if part == "selected":
+        return selected
+    flops = compressed.flops + selected.flops + near.flops
+    flops += 0.0 if direction == "backward" else choosing.flops
+    # the branches share q, k, v and the sum; the lists need not leave the chip
+    shared = attention(shape, 0, direction)
+    compressed_bytes = shape.key_bytes // shape.tokens * n_keys
+    passes = {"forward": 1, "backward": 2, "step": 3}[direction]
+    gate_bytes = 3 * shape.tokens * heads * shape.itemsize
+    n_bytes = shared.n_bytes + passes * (2 * compressed_bytes + gate_bytes)
+    return Floor(flops=flops, n_bytes=n_bytes)
 
 
 def loop_order_ms(order: str, shape: Shape, n_blocks: int, direction: str) -> float | None:

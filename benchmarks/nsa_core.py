@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -49,27 +49,7 @@ ALL = ("q", "k", "v", "k_cmp", "v_cmp", "gates")
 CHOICE_LOSS = 2.0**-7
 
 
-@dataclass(frozen=True, kw_only=True)
-class Core:
-    """The sizes of one core."""
-
-    shape: floors.Shape
-    window: int = 512
-    block: int = 32
-    stride: int = 16
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """As our functions name those of the compressed keys."""
-        return {"block": self.block, "stride": self.stride}
-
-    @property
-    def n_compressed(self) -> int:
-        """Compressed keys."""
-        return max(0, (self.shape.tokens - self.block) // self.stride + 1)
-
-
-def make_inputs(core: Core, setting: Setting) -> dict[str, Tensor]:
+def make_inputs(core: floors.Core, setting: Setting) -> dict[str, Tensor]:
     """All inputs in the working dtype; the same each time for a seed."""
     torch.manual_seed(setting.seed)
     shape = core.shape
@@ -86,7 +66,7 @@ def make_inputs(core: Core, setting: Setting) -> dict[str, Tensor]:
 
 
 def whole_rows(
-    inputs: Named, rounding: torch.dtype | None, rows: Tensor, lists: Tensor, core: Core,
+    inputs: Named, rounding: torch.dtype | None, rows: Tensor, lists: Tensor, core: floors.Core,
     pools: bool,
 ) -> Tensor:  # fmt: skip
     """The gated sum of the branches for sampled rows, [B, Hq, R, D].
@@ -124,7 +104,7 @@ def whole_rows(
 class Bench:
     """Measures the parts and the whole of one core."""
 
-    def __init__(self, core: Core, setting: Setting) -> None:
+    def __init__(self, core: floors.Core, setting: Setting) -> None:
         """Make the inputs and choose the rows that are checked."""
         self.core, self.shape, self.setting = core, core.shape, setting
         self.inputs = make_inputs(core, setting)
@@ -149,7 +129,7 @@ class Bench:
         truth = row_reference.truth_of(reference, inputs, self.grad_rows)
         return Problem(inputs=inputs, rows=self.rows, grad_rows=self.grad_rows, truth=truth)
 
-    def quality(self, lists: Tensor, core: Core) -> float:
+    def quality(self, lists: Tensor, core: floors.Core) -> float:
         """How near a choice comes to the best, for compressed keys of a core's sizes."""
         inputs = dict(self.inputs)
         if core.sizes != self.core.sizes:
@@ -272,7 +252,7 @@ class Bench:
 
     def _their_whole(self, peer: peers.Peer) -> Iterator[Record]:
         block, stride = peer.compression
-        core = Core(shape=self.shape, window=self.core.window, block=block, stride=stride)
+        core = floors.Core(shape=self.shape, window=self.core.window, block=block, stride=stride)
         takes = tuple(name for name in ALL if not (peer.pools_itself and name.endswith("_cmp")))
         slots, width = self.shape.slots, core.window
         whole = Variant(
@@ -295,13 +275,14 @@ class Bench:
         reference = partial(row_reference.compressed, rows=self.rows, **core.sizes)
         truth = row_reference.truth_of(reference, inputs, self.grad_rows)
         problem = Problem(inputs=inputs, rows=self.rows, grad_rows=self.grad_rows, truth=truth)
+        works = False
         for record in self._report("compressed and choice", core, choosing, problem):
             yield record
-            usable = record["status"] == "ok"
-        if not usable:
-            # its own choice is needed to check the whole
-            for direction in whole.directions:
-                yield record | {"part": "whole", "direction": direction}
+            works |= (record["direction"], record["status"]) == ("forward", "ok")
+        if not works and not whole.refused:
+            whole = replace(whole, refused="its choice of KV blocks, by which to check it, fails")
+        if whole.refused:
+            yield from self._report("whole", core, whole, problem)
             return
         with torch.no_grad():
             chosen = peer.compress_and_choose(*map(peer.heads_in, inputs.values()), slots)[1]
@@ -314,15 +295,15 @@ class Bench:
             yield record | quality
 
     def _report(
-        self, part: str, core: Core, variant: Variant, problem: Problem
+        self, part: str, core: floors.Core, variant: Variant, problem: Problem
     ) -> Iterator[Record]:
         for record in measure(variant, problem, self.setting):
             yield self._described(part, core, record)
         release(self.setting.device)
 
-    def _described(self, part: str, core: Core, record: Record) -> Record:
+    def _described(self, part: str, core: floors.Core, record: Record) -> Record:
         shape, direction = self.shape, record["direction"]
-        floor = floor_of(part, core, self.lists, direction)
+        floor = floors.of_core(part, core, self.lists, direction)
         target = None
         if part == "whole":
             target = floors.core_target_ms(shape.tokens, shape.group, direction)
@@ -344,47 +325,13 @@ class Bench:
         }
 
 
-def floor_of(part: str, core: Core, lists: Tensor, direction: str) -> floors.Floor:
-    """The floor of a part, or of the whole: all its products, and every tensor moved once."""
-    shape, heads, n_keys = core.shape, core.shape.query_heads, core.n_compressed
-    n_compressed = floors.compressed_pairs(shape.tokens, core.block, core.stride) * heads
-    compressed = floors.attention(shape, n_compressed, direction, n_keys=n_keys)
-    choice = floors.choice(shape, n_compressed, n_keys)
-    if part == "dense":
-        n_pairs = heads * shape.tokens * (shape.tokens + 1) // 2
-        return floors.attention(shape, n_pairs, direction)
-    if part == "compressed":
-        return compressed
-    if part == "choice":
-        return choice
-    if part == "compressed and choice":
-        return compressed if direction == "backward" else compressed + choice
-    n_near = floors.window_pairs(shape.tokens, core.window) * heads
-    window = floors.attention(shape, n_near, direction)
-    if part == "window":
-        return window
-    n_selected = floors.count(lists, shape.block_size)[1] * shape.group
-    selected = floors.attention(shape, n_selected, direction, lists.nbytes)
-    if part == "selected":
-        return selected
-    flops = compressed.flops + selected.flops + window.flops
-    flops += 0.0 if direction == "backward" else choice.flops
-    # the branches share q, k, v and the sum; the lists need not leave the chip
-    shared = floors.attention(shape, 0, direction)
-    compressed_bytes = shape.key_bytes // shape.tokens * n_keys
-    passes = {"forward": 1, "backward": 2, "step": 3}[direction]
-    gate_bytes = 3 * shape.tokens * heads * shape.itemsize
-    n_bytes = shared.n_bytes + passes * (2 * compressed_bytes + gate_bytes)
-    return floors.Floor(flops=flops, n_bytes=n_bytes)
-
-
 def run_all(
     shapes: Sequence[floors.Shape], setting: Setting, found: Sequence[peers.Peer]
 ) -> Iterator[Record]:
     """Ours and dense attention on all cases, then the libraries, which may break the device."""
     for ours in (True, False) if found else (True,):
         for shape in shapes:
-            bench = Bench(Core(shape=shape), setting)
+            bench = Bench(floors.Core(shape=shape), setting)
             yield from bench.ours() if ours else bench.theirs(found)
             del bench
             release(setting.device)
