@@ -54,6 +54,14 @@ def top_k_selection_ref(
     Returns:
         KV blocks, ascending, -1 padded on the right: [B, Hkv, T, n_selected] int32.
     """
+    total = block_scores(q, k, block_size, scale, scores)
+    position = torch.arange(q.shape[2], device=q.device) + (k.shape[2] - q.shape[2])
+    own = position.div(block_size, rounding_mode="floor")
+    return select_top_k.choose(total, own, n_selected, sinks, local)
+
+
+def block_scores(q: Tensor, k: Tensor, block_size: int, scale: float, scores: str) -> Tensor:
+    """The score of every KV block for every token and KV head, [B, Hkv, T, n]; 0 where it has none."""
     acc = torch.promote_types(q.dtype, torch.float32)
     group, n_keys = q.shape[1] // k.shape[1], k.shape[2]
     position = torch.arange(q.shape[2], device=q.device) + (n_keys - q.shape[2])
@@ -71,10 +79,8 @@ def top_k_selection_ref(
     past = last <= position[:, None]  # [T, n]
     weights = score.masked_fill(~past, float("-inf")).softmax(-1)
     weights = weights.masked_fill(~past.any(-1, keepdim=True), 0.0)
-    total = weights.unflatten(1, (-1, group)).sum(2)  # [B, Hkv, T, n]
-    total = torch.nn.functional.pad(total, (0, -(-n_keys // block_size) - n_complete))
-    own = position.div(block_size, rounding_mode="floor")
-    return select_top_k.choose(total, own, n_selected, sinks, local)
+    total = weights.unflatten(1, (-1, group)).sum(2)
+    return torch.nn.functional.pad(total, (0, -(-n_keys // block_size) - n_complete))
 
 
 def pooled(k: Tensor, block_size: int, scores: str) -> Tensor:
