@@ -335,6 +335,20 @@ def _sign(value: Text) -> Text:
     return _where(value > zero, one, _where(value < zero, less, zero))
 
 
+def _power(left: Any, right: Any) -> Text:
+    if not isinstance(left, Text) or isinstance(right, Text):
+        raise NotImplementedError("no Triton meaning for a power that is not a constant")
+    (left,) = _floating(left)
+    if right == int(right):
+        return 1.0 / left ** int(-right) if right < 0 else left ** int(right)
+    root = left.body.value(f"tl.sqrt({left.code})", left.dtype)
+    if right in (0.5, -0.5):
+        return root if right > 0 else 1.0 / root
+    # of negative numbers, the logarithm is NaN as the power is
+    code = f"tl.exp2({left.body.constant(float(right)).code} * tl.log2({left.code}))"
+    return left.body.value(code, left.dtype)
+
+
 def _unary(code: str) -> Callable[[Text], Text]:
     def function(value: Text) -> Text:
         (value,) = _floating(value)
@@ -351,6 +365,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.clamp: _clamp,
     torch.abs: _absolute,
     torch.sign: _sign,
+    torch.pow: _power,
     torch.full_like: lambda like, value, dtype=None: like.body.constant(value),
     torch.floor: _unary("tl.floor({x})"),
     torch.exp: _unary("tl.exp({x})"),
@@ -376,7 +391,7 @@ def unprintable(formula: sympy.Basic) -> str | None:
     """A part of a formula that has no Triton text; None if there is none."""
     for part in sympy.preorder_traversal(formula):
         if isinstance(part, sympy.Pow):
-            known = part.exp.is_Integer or part.exp == sympy.Rational(1, 2)
+            known = bool(part.exp.is_number)
         elif not part.args or isinstance(part, sympy.core.relational.Relational):
             known = True
         else:

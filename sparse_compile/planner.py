@@ -71,15 +71,18 @@ def plan(proven: Proven, *, device: torch.device, training: bool) -> KernelPlan:
 
 def _faster(proven: Proven, device: torch.device, training: bool) -> tuple[str, str]:
     """The kernel that the table of measured cases names."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return winners.DEFAULT, "no GPU here"
     keys = proven.roles.sizes()[ex.s]
     return winners.kernel_for(
         winners.case_of(proven.mask.atoms, proven.program),
-        device=torch.cuda.get_device_name(device),
+        device=_device_name(device),
         tokens=int(keys) if keys.is_Integer else None,
         training=training,
     )
+
+
+def _device_name(device: torch.device) -> str:
+    has_name = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if has_name else device.type
 
 
 def _plan_fused(proven: Proven, device: torch.device) -> KernelPlan | None:

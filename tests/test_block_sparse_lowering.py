@@ -1,21 +1,26 @@
 """Sites become block-sparse attention where the table of winners says so, and compute the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile import backend, pipeline, winners
+from sparse_compile import backend, pipeline, planner, winners
 from sparse_compile.config import Config
 from sparse_compile.expressions import Load, h, s, t, x
 from sparse_compile.ir import KernelPlan, ScoreProgram
 from sparse_compile.kernels import block_sparse
 from sparse_compile.kernels.triton_text import unprintable
+from sparse_compile.passes.detect import find_candidates
+from sparse_compile.passes.elements import ElementEvaluator
 from sparse_compile.passes.mask_atoms import classify
-from sparse_compile.testing import rewritten_alike
+from sparse_compile.passes.programs import prove
+from sparse_compile.passes.shadow import build_shadow
+from sparse_compile.testing import in_backend, rewritten_alike
 from sparse_compile.winners import Winner
 
 B, H, T, D = 2, 2, 150, 8
@@ -127,6 +132,43 @@ def test_layers_share_their_lists() -> None:
     assert sum("block_sparse_attention" in name for name in nodes) == 2
 
 
+def planned(head_dim: int, dropout: float = 0.0) -> KernelPlan:
+    """The plan on CUDA for a window."""
+    q, k, v = (torch.randn(B, H, T, head_dim) for _ in range(3))
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = (distances() >= 0) & (distances() < 40)
+        weights = (q @ k.mT).masked_fill(~keep, -torch.inf).softmax(-1)
+        return torch.dropout(weights, dropout, True) @ v if dropout else weights @ v
+
+    def use(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> KernelPlan:
+        shadow = build_shadow(gm, inputs)
+        (found,) = find_candidates(shadow)
+        assert found.candidate is not None
+        proven = prove(found.candidate, ElementEvaluator(shadow.constants))
+        return planner.plan(proven, device=torch.device("cuda"), training=False)
+
+    torch._dynamo.reset()  # another head size would become a symbol
+    return in_backend(use, function, q, k, v)
+
+
+def test_the_planner_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_device_name", lambda device: "card")
+    assert planned(64).kernel == THEIRS
+    monkeypatch.setattr(winners, "shipped", lambda: (winner(128, OURS, THEIRS),))
+    plan = planned(64)
+    assert plan.kernel == OURS
+    assert plan.why.endswith("the faster one for causal+window at 128 tokens")
+
+
+def test_what_flex_attention_refuses_is_ours() -> None:
+    assert planned(16).kernel == THEIRS
+    plan = planned(8)
+    assert plan.kernel == OURS, plan.why
+    assert "16 or more, not 8" in plan.why
+    assert planned(8, dropout=0.5).kernel == "program_attention"
+
+
 CAUSAL = s <= t
 NAMES = {
     "causal+window": ScoreProgram(keep=sympy.And(CAUSAL, t - s < 9)),
@@ -191,4 +233,4 @@ def test_what_our_kernel_cannot_compute_is_said() -> None:
     assert "head sizes" in refused(value_dim=512)
     assert "factors" in refused(ScoreProgram(weight=Load(0, h)))
     assert "atan(x)" in refused(ScoreProgram(score=sympy.atan(x)))
-    assert unprintable(x ** sympy.Rational(1, 3)) == "x**(1/3)"
+    assert unprintable(2**x) == "2**x"
