@@ -1,20 +1,120 @@
-"""The Triton kernel of `select_top_k`: scores and the choice in one, no score leaves the program."""
+"""The Triton kernel of `select_top_k`: scores and the choice in one, no score leaves the program.
+
+Matrix units leave a row of their result with four threads. The columns are put into such an order
+that each of these has all runs of its KV blocks, and neighbouring KV blocks: adding and sorting
+then stay within a thread. Each keeps a sorted list of the best among its own KV blocks so far; the
+lists of a token are merged once, at the end.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M = 64  # tokens of a program
+LANES = tl.constexpr(4)  # threads that hold a row of a product
+NOTHING = tl.constexpr(-(2**63))  # a key below all others
+FAR = tl.constexpr(2**31 - 1)
+
+
+class Tiles(NamedTuple):
+    """How the work is cut; the choice does not depend on it."""
+
+    block_m: int  # tokens of a program
+    block_k: int  # KV blocks scored at a time, at least 8
+    runs: int  # runs of tokens of each scored at a time
+    lists: int  # sorted lists of a token: 1, 2 or 4
+    num_warps: int
+    num_stages: int
+
+
+def default_tiles(k: int, own_runs: int, dtype: torch.dtype) -> Tiles:
+    """Tiles whose scores and lists fit into registers.
+
+    Args:
+        k: How many KV blocks are chosen.
+        own_runs: Runs of tokens in a KV block.
+        dtype: Of the queries.
+    """
+    columns = 64 if dtype == torch.float32 else 128
+    block_k = max(8, columns // own_runs)
+    lists = 4 if k <= 16 else 2 if k <= 32 else 1
+    return Tiles(64, block_k, min(own_runs, columns // block_k), lists, 4, 2)
 
 
 @triton.jit
-def _times(offset, RUNS: tl.constexpr, OWN_RUNS: tl.constexpr):
-    """How many runs of tokens a compressed key and a KV block share, by their distance."""
-    times = tl.minimum(offset + RUNS, OWN_RUNS) - tl.maximum(offset, 0)
-    return tl.maximum(times, 0).to(tl.float32)
+def _other(pairs, AXIS: tl.constexpr):
+    """The other element of each pair of integers along an axis; exact, since sums wrap around."""
+    return tl.sum(pairs, AXIS, keep_dims=True) - pairs
+
+
+@triton.jit
+def _exchange(x, WIDTH: tl.constexpr, PERIOD: tl.constexpr, UP: tl.constexpr):
+    """Order the elements of x [M, L, N] that are WIDTH apart, every other PERIOD the other way."""
+    M: tl.constexpr = x.shape[0]
+    L: tl.constexpr = x.shape[1]
+    N: tl.constexpr = x.shape[2]
+    pairs = tl.reshape(x, [M, L, N // (2 * WIDTH), 2, WIDTH])
+    other = _other(pairs, 3)
+    larger = tl.maximum(pairs, other)
+    smaller = pairs ^ other ^ larger  # a minimum would be compared once more
+    at = tl.arange(0, N // (2 * WIDTH)) * (2 * WIDTH) // PERIOD % 2
+    is_larger_at = (at ^ UP)[:, None] == tl.arange(0, 2)[None, :]  # [N // (2 * WIDTH), 2]
+    pairs = tl.where(is_larger_at[None, None, :, :, None], larger, smaller)
+    return tl.reshape(pairs, [M, L, N])
+
+
+@triton.jit
+def _merge(x, LOG_N: tl.constexpr, PERIOD: tl.constexpr, UP: tl.constexpr):
+    """Sort runs of 2 ** LOG_N that rise and then fall, or the other way round."""
+    for i in tl.static_range(LOG_N):
+        x = _exchange(x, 1 << (LOG_N - 1 - i), PERIOD, UP)
+    return x
+
+
+@triton.jit
+def _sort_up(x, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
+    """The 2 ** LOG_K largest of the last axis, ascending, with NOTHING before if there are fewer."""
+    M: tl.constexpr = x.shape[0]
+    L: tl.constexpr = x.shape[1]
+    LOG_RUN: tl.constexpr = min(LOG_N, LOG_K)
+    for i in tl.static_range(1, LOG_RUN + 1):
+        x = _merge(x, i, 1 << i, True)
+    for i in tl.static_range(LOG_N - LOG_RUN):
+        # every other run falls: the larger of two are the largest, and rise and fall
+        x = tl.max(tl.reshape(x, [M, L, 1 << (LOG_N - LOG_RUN - 1 - i), 2, 1 << LOG_RUN]), 3)
+        x = tl.reshape(x, [M, L, 1 << (LOG_N - 1 - i)])
+        x = _merge(x, LOG_RUN, 1 << LOG_RUN, True)
+    for i in tl.static_range(LOG_K - LOG_RUN):
+        none = tl.full([M, L, 1 << (LOG_RUN + i)], NOTHING, tl.int64)
+        x = tl.reshape(tl.permute(tl.join(none, x), [0, 1, 3, 2]), [M, L, 2 << (LOG_RUN + i)])
+    return x
+
+
+@triton.jit
+def _shift(x, before, LOG_N: tl.constexpr):
+    """x [M, LANES, N] moved on by one KV block, `before` coming in; and what goes out."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = 1 << LOG_N
+    at = tl.arange(0, N)[None, None, :]
+    bits = x.to(tl.int32, bitcast=True).to(tl.int64)
+    shifted = bits
+    for i in tl.static_range(LOG_N):
+        bits = tl.reshape(bits, [M, LANES, N >> (i + 1), 2, 1 << i])
+        bits = tl.reshape(_other(bits, 3), [M, LANES, N])
+        shifted = tl.where(at % (2 << i) == 1 << i, bits, shifted)
+    # now they are in reverse, the last first; lane 0 gets that of lane 3
+    last = tl.reshape(tl.sum(tl.where(at == 0, bits, 0), 2), [M, 2, 2])
+    near = _other(last, 2)
+    lane = tl.arange(0, LANES)[None, :]
+    across = tl.where(tl.arange(0, 2)[None, None, :] == 1, near, _other(near, 1))
+    across = tl.reshape(across, [M, LANES])
+    first = tl.where(lane == 0, before, across)
+    shifted = tl.where(at == 0, first[:, :, None], shifted)
+    return shifted.to(tl.int32).to(tl.float32, bitcast=True), across
 
 
 @triton.jit
@@ -22,81 +122,119 @@ def _select_kernel(
     q_ptr, k_ptr, lse_ptr, first_ptr, end_ptr, own_ptr, out_ptr,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_c, stride_k_d,
-    stride_l_b, stride_l_h, stride_l_t, scale, T,
+    stride_l_b, stride_l_h, stride_l_t, scale, T, ROWS,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     RUNS: tl.constexpr, OWN_RUNS: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, LOG_K: tl.constexpr, LOG_N: tl.constexpr,
+    LOG_LANE: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """One program chooses for BLOCK_M tokens and a KV head, among BLOCK_K KV blocks at a time."""
-    n_tiles = tl.cdiv(T, BLOCK_M)
     # the last tokens have most to choose from, so they begin
-    tile = n_tiles - 1 - tl.program_id(0) % n_tiles
-    row = (tl.program_id(0) // n_tiles).to(tl.int64)  # of batch and KV head
+    tile = tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // ROWS
+    row = (tl.program_id(0) % ROWS).to(tl.int64)  # of batch and KV head
     b, h = row // HEADS, row % HEADS
     token = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     live = token < T
     d = tl.arange(0, BLOCK_D)
-    j = tl.arange(0, BLOCK_K)
-    BLOCK_C: tl.constexpr = BLOCK_K * OWN_RUNS
-    c = tl.arange(0, BLOCK_C)
-    far: tl.constexpr = 2147483647
-    first = tl.load(first_ptr + token, mask=live, other=far)
-    end = tl.load(end_ptr + token, mask=live, other=0)
+    first = tl.load(first_ptr + token, mask=live, other=FAR)
+    end = tl.load(end_ptr + token, mask=live, other=FAR)
     own = tl.load(own_ptr + token, mask=live, other=-1)
-    in_tile = _times(c[:, None] - j[None, :] * OWN_RUNS, RUNS, OWN_RUNS)  # [BLOCK_C, BLOCK_K]
-    in_next = _times(c[:, None] - (j[None, :] + BLOCK_K) * OWN_RUNS, RUNS, OWN_RUNS)
+
+    # columns: a run, then the KV block; a thread has two neighbouring columns of every eight
+    PER_LANE: tl.constexpr = 1 << LOG_LANE
+    BLOCK_C: tl.constexpr = BLOCK_R * BLOCK_K
+    column = tl.arange(0, BLOCK_C)
+    c_block = column // 2 % LANES * PER_LANE + column % BLOCK_K // 8 * 2 + column % 2
+    c_run = column // BLOCK_K
+    j = tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+
     k_base = k_ptr + b * stride_k_b + h * stride_k_h
     q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
     l_base = lse_ptr + b * stride_l_b + h * GROUP * stride_l_h + token.to(tl.int64) * stride_l_t
-    best = tl.full([BLOCK_M, BLOCK_K], -1, tl.int64)  # score and, inverted, number; descending
+    scale_2 = scale * 1.4426950408889634
+    best = tl.full([BLOCK_M, LISTS, 1 << LOG_K], NOTHING, tl.int64)  # descending
     begin = tl.min(first, 0)
-    while begin < far:  # once for each packed sequence among the tokens
+    while begin < FAR:  # once for each packed sequence among the tokens
         mine = first == begin
-        stop = tl.max(tl.where(mine, end, 0), 0)
         last = tl.max(tl.where(mine, own, -1), 0)
-        carry = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)  # from the compressed keys before
+        stop = tl.max(tl.where(mine, end, 0), 0)
+        # KV blocks below are for all to choose, and nothing of them is hidden
+        plain = tl.where(mine, tl.minimum(own - LOCAL + 1, (end - begin) // OWN_RUNS), 0)
+        plain = tl.min(tl.where(live, plain, FAR), 0)
+        carry = (tl.zeros([BLOCK_M, LANES], tl.int64),) * LEVELS
         for start in range(0, last + 1, BLOCK_K):
-            number = begin + start * OWN_RUNS + c  # [BLOCK_C]
-            there = number < stop
-            k = tl.load(
-                k_base + number.to(tl.int64)[None, :] * stride_k_c + d[:, None] * stride_k_d,
-                mask=there[None, :] & (d[:, None] < D), other=0.0,
-            )  # [BLOCK_D, BLOCK_C]  # fmt: skip
-            visible = mine[:, None] & (number[None, :] < end[:, None])
-            weights = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-            for g in range(GROUP):
-                q_at = q_base + g * stride_q_h + token.to(tl.int64)[:, None] * stride_q_t
-                q = tl.load(
-                    q_at + d[None, :] * stride_q_d, mask=live[:, None] & (d[None, :] < D), other=0.0
-                )  # [BLOCK_M, BLOCK_D]
-                lse = tl.load(l_base + g * stride_l_h, mask=live, other=0.0)
-                s = tl.dot(q, k, input_precision=PRECISION) * scale - lse[:, None]
-                weights += tl.where(visible, tl.exp2(s * 1.4426950408889634), 0.0)
-            if RUNS * OWN_RUNS == 1:  # a compressed key for each KV block
-                score = weights  # [BLOCK_M, BLOCK_K]
-            else:
-                score = tl.dot(weights, in_tile, carry, input_precision="tf32x3")
-                carry = tl.dot(weights, in_next, input_precision="tf32x3")
+            is_plain = (start >= SINKS) & (start + BLOCK_K <= plain)
+            pooled = ()
+            for run in tl.static_range(0, OWN_RUNS, BLOCK_R):
+                number = begin + (start + c_block) * OWN_RUNS + run + c_run  # [BLOCK_C]
+                k = tl.load(
+                    k_base + number.to(tl.int64)[None, :] * stride_k_c + d[:, None] * stride_k_d,
+                    mask=(number < stop)[None, :] & (d[:, None] < D), other=0.0,
+                )  # [BLOCK_D, BLOCK_C]  # fmt: skip
+                weights = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+                for g in range(GROUP):
+                    q_at = q_base + g * stride_q_h + token.to(tl.int64)[:, None] * stride_q_t
+                    q = tl.load(
+                        q_at + d[None, :] * stride_q_d,
+                        mask=live[:, None] & (d[None, :] < D), other=0.0,
+                    )  # [BLOCK_M, BLOCK_D]  # fmt: skip
+                    lse = tl.load(l_base + g * stride_l_h, mask=live, other=0.0)
+                    lse_2 = lse * 1.4426950408889634
+                    s = tl.dot(q, k, input_precision=PRECISION)
+                    weight = tl.exp2(s * scale_2 - lse_2[:, None])
+                    weights = weight if GROUP == 1 else weights + weight
+                if not is_plain:
+                    seen = mine[:, None] & (number[None, :] < end[:, None])
+                    weights = tl.where(seen, weights, 0.0)
+                weights = tl.reshape(weights, [BLOCK_M, BLOCK_R, PER_LANE // 2, LANES, 2])
+                weights = tl.permute(weights, [0, 1, 3, 2, 4])
+                weights = tl.reshape(weights, [BLOCK_M, BLOCK_R, LANES, PER_LANE])
+                for level in tl.static_range(LEVELS + 1):
+                    # how many runs the compressed key shares with the KV block `level` further on
+                    offset = run + r - level * OWN_RUNS
+                    times = tl.minimum(offset + RUNS, OWN_RUNS) - tl.maximum(offset, 0)
+                    times = times[None, :, None, None]
+                    part = tl.where(times > 0, weights * times.to(tl.float32), 0.0)
+                    part = tl.sum(part, 1)  # [BLOCK_M, LANES, PER_LANE]
+                    if run == 0:
+                        pooled = pooled + (part,)
+                    else:
+                        pooled = pooled[:level] + (pooled[level] + part,) + pooled[level + 1 :]
+            score = pooled[LEVELS]
+            for i in tl.static_range(LEVELS):
+                score, out = _shift(score, carry[i], LOG_LANE)
+                carry = carry[:i] + (out,) + carry[i + 1 :]
+                score += pooled[LEVELS - 1 - i]
+            score = tl.reshape(tl.maximum(score, 0.0), [BLOCK_M, BLOCK_K])
             block = (start + j)[None, :]
-            forced = (block < SINKS) | (block > own[:, None] - LOCAL)
-            # not negative, so its bits order as it does
-            score = tl.where(forced, float("inf"), tl.maximum(score, 0.0))
-            key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (far - block).to(tl.int64)
-            key = tl.where(mine[:, None] & (block <= own[:, None]), key, -1)
-            both = tl.reshape(tl.join(best, key), [BLOCK_M, 2 * BLOCK_K])
-            best = tl.topk(both, BLOCK_K)
-        begin = tl.min(tl.where(first > begin, first, far), 0)
-    chosen = far - (best & far).to(tl.int32)
-    chosen = tl.where((best >= 0) & (j[None, :] < K), chosen, far)
+            if not is_plain:
+                forced = (block < SINKS) | (block > own[:, None] - LOCAL)
+                score = tl.where(forced, float("inf"), score)
+                score = tl.where(mine[:, None] & (block <= own[:, None]), score, -1.0)
+            # scores are not negative, so their bits order as they do; then the first block wins
+            low = (block ^ FAR).to(tl.uint32).to(tl.int64)
+            key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+            key = tl.reshape(key, [BLOCK_M, LISTS, BLOCK_K // LISTS])
+            best = tl.maximum(best, _sort_up(key, LOG_N, LOG_K))
+            best = _merge(best, LOG_K, 1 << LOG_K, False)
+        begin = tl.min(tl.where(first > begin, first, FAR), 0)
+    both = tl.reshape(best, [BLOCK_M, LISTS << LOG_K])
+    best = tl.topk(both, 1 << LOG_K)
+    at = tl.arange(0, 1 << LOG_K)[None, :]
+    chosen = (best & FAR).to(tl.int32) ^ FAR
+    chosen = tl.where((best >= 0) & (at < K), chosen, FAR)
     chosen = tl.sort(chosen)
-    chosen = tl.where(chosen == far, -1, chosen)
-    to = (row * T + token)[:, None] * K + j[None, :]
-    tl.store(out_ptr + to, chosen, mask=live[:, None] & (j[None, :] < K))
+    chosen = tl.where(chosen == FAR, -1, chosen)
+    to = (row * T + token)[:, None] * K + at
+    tl.store(out_ptr + to, chosen, mask=live[:, None] & (at < K))
 
 
 def select(
     q: Tensor, k_cmp: Tensor, lse: Tensor, first: Tensor, end: Tensor, own: Tensor,
     *, k: int, runs: int, own_runs: int, sinks: int, local: int, scale: float,
+    tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """The KV blocks of each token and KV head, int32 [B, Hkv, T, K].
 
@@ -113,16 +251,22 @@ def select(
         sinks: KV blocks at the start that are always chosen.
         local: KV blocks up to the token's own that are always chosen.
         scale: Multiplies the scores.
+        tiles: How the work is cut.
     """
+    tiles = tiles or default_tiles(k, own_runs, q.dtype)
     batch, heads, n_tokens, head_dim = *k_cmp.shape[:2], *q.shape[2:]
     out = torch.empty((batch, heads, n_tokens, k), dtype=torch.int32, device=q.device)
-    block_k = max(16, triton.next_power_of_2(k))
-    _select_kernel[(batch * heads * triton.cdiv(n_tokens, BLOCK_M),)](
+    rows = batch * heads
+    log_k = (k - 1).bit_length()
+    _select_kernel[(rows * triton.cdiv(n_tokens, tiles.block_m),)](
         q, k_cmp, lse, first.int(), end.int(), own.int(), out,
-        *q.stride(), *k_cmp.stride(), *lse.stride(), scale, n_tokens,
+        *q.stride(), *k_cmp.stride(), *lse.stride(), scale, n_tokens, rows,
         heads, q.shape[1] // heads, head_dim, k, runs, own_runs, sinks, local,
         "ieee" if q.dtype == torch.float32 else "tf32",
-        max(16, triton.next_power_of_2(head_dim)), block_k, BLOCK_M,
-        num_warps=8 if block_k * own_runs > 64 else 4, num_stages=2,
+        max(16, triton.next_power_of_2(head_dim)), log_k,
+        (tiles.block_k // tiles.lists).bit_length() - 1,
+        (tiles.block_k // LANES.value).bit_length() - 1, -(-(runs - 1) // own_runs),
+        tiles.block_m, tiles.block_k, tiles.runs, tiles.lists,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out
