@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 LANES = tl.constexpr(4)  # threads that hold a row of a product
-NOTHING = tl.constexpr(-(2**63))  # a key below all others
+NO_KEY = tl.constexpr(-(2**63))  # below all others
+NO_KEY_64 = tl.constexpr(-(2**52))  # the same compared as float64: minus infinity
 FAR = tl.constexpr(2**31 - 1)
 
 
@@ -27,6 +28,7 @@ class Tiles(NamedTuple):
     block_k: int  # KV blocks scored at a time, at least 8
     runs: int  # runs of tokens of each scored at a time
     lists: int  # sorted lists of a token: 1, 2 or 4
+    as_float64: bool  # compare keys as float64: one instruction, of a unit of its own
     num_warps: int
     num_stages: int
 
@@ -42,7 +44,7 @@ def default_tiles(k: int, own_runs: int, dtype: torch.dtype) -> Tiles:
     columns = 64 if dtype == torch.float32 else 128
     block_k = max(8, columns // own_runs)
     lists = 4 if k <= 16 else 2 if k <= 32 else 1
-    return Tiles(64, block_k, min(own_runs, columns // block_k), lists, 4, 2)
+    return Tiles(64, block_k, min(own_runs, columns // block_k), lists, True, 4, 2)
 
 
 @triton.jit
@@ -52,67 +54,81 @@ def _other(pairs, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _exchange(x, WIDTH: tl.constexpr, PERIOD: tl.constexpr, UP: tl.constexpr):
-    """Order the elements of x [M, L, N] that are WIDTH apart, every other PERIOD the other way."""
-    M: tl.constexpr = x.shape[0]
-    L: tl.constexpr = x.shape[1]
-    N: tl.constexpr = x.shape[2]
-    pairs = tl.reshape(x, [M, L, N // (2 * WIDTH), 2, WIDTH])
-    other = _other(pairs, 3)
-    larger = tl.maximum(pairs, other)
-    smaller = pairs ^ other ^ larger  # a minimum would be compared once more
-    at = tl.arange(0, N // (2 * WIDTH)) * (2 * WIDTH) // PERIOD % 2
-    is_larger_at = (at ^ UP)[:, None] == tl.arange(0, 2)[None, :]  # [N // (2 * WIDTH), 2]
-    pairs = tl.where(is_larger_at[None, None, :, :, None], larger, smaller)
-    return tl.reshape(pairs, [M, L, N])
+def _swapped(x, WIDTH: tl.constexpr):
+    """x [M, L, N] with the elements that are WIDTH apart swapped."""
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // (2 * WIDTH), 2, WIDTH])
+    return tl.reshape(_other(pairs, 3), x.shape)
 
 
 @triton.jit
-def _merge(x, LOG_N: tl.constexpr, PERIOD: tl.constexpr, UP: tl.constexpr):
-    """Sort runs of 2 ** LOG_N that rise and then fall, or the other way round."""
-    for i in tl.static_range(LOG_N):
-        x = _exchange(x, 1 << (LOG_N - 1 - i), PERIOD, UP)
+def _larger(x, y, AS_FLOAT64: tl.constexpr):
+    """The larger of two keys; no key is a NaN as a float64."""
+    if AS_FLOAT64:
+        is_first = x.to(tl.float64, bitcast=True) > y.to(tl.float64, bitcast=True)
+        return tl.where(is_first, x, y)
+    else:
+        return tl.maximum(x, y)
+
+
+@triton.jit
+def _merge(
+    x, LOG_N: tl.constexpr, FIRST: tl.constexpr, PERIOD: tl.constexpr, AS_FLOAT64: tl.constexpr
+):
+    """Sort runs of 2 ** LOG_N in x [M, L, N] that rise and then fall, or the other way round.
+
+    In every other PERIOD elements, the smaller comes first, from element FIRST * PERIOD on.
+    """
+    at = tl.arange(0, x.shape[2])[None, None, :]
+    for i in tl.static_range(LOG_N - 1, -1, -1):
+        other = _swapped(x, 1 << i)
+        is_left = at >> i & 1 == 0
+        left, right = tl.where(is_left, x, other), tl.where(is_left, other, x)
+        larger = _larger(left, right, AS_FLOAT64)
+        smaller = left ^ right ^ larger  # a minimum would be one more comparison
+        x = tl.where(is_left == (at // PERIOD % 2 != FIRST), larger, smaller)
     return x
 
 
 @triton.jit
-def _sort_up(x, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
-    """The 2 ** LOG_K largest of the last axis, ascending, with NOTHING before if there are fewer."""
-    M: tl.constexpr = x.shape[0]
-    L: tl.constexpr = x.shape[1]
+def _thin_out(x, LOG_N: tl.constexpr, LOG_RUN: tl.constexpr, AS_FLOAT64: tl.constexpr):
+    """The 2 ** LOG_RUN largest, ascending, of runs that rise and fall in turn."""
+    for i in tl.static_range(LOG_N - LOG_RUN):
+        # the larger of each two are the largest, and rise and fall
+        pairs = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] >> (LOG_RUN + 1), 2, 1 << LOG_RUN])
+        x = tl.reshape(tl.max(pairs, 3), [x.shape[0], x.shape[1], x.shape[2] // 2])
+        x = _merge(x, LOG_RUN, 0, 1 << LOG_RUN, AS_FLOAT64)
+    return x
+
+
+@triton.jit
+def _best_up(x, LOG_N: tl.constexpr, LOG_K: tl.constexpr, AS_FLOAT64: tl.constexpr):
+    """The 2 ** LOG_K largest of the last axis, ascending; no keys come first if it is shorter."""
     LOG_RUN: tl.constexpr = min(LOG_N, LOG_K)
     for i in tl.static_range(1, LOG_RUN + 1):
-        x = _merge(x, i, 1 << i, True)
-    for i in tl.static_range(LOG_N - LOG_RUN):
-        # every other run falls: the larger of two are the largest, and rise and fall
-        x = tl.max(tl.reshape(x, [M, L, 1 << (LOG_N - LOG_RUN - 1 - i), 2, 1 << LOG_RUN]), 3)
-        x = tl.reshape(x, [M, L, 1 << (LOG_N - 1 - i)])
-        x = _merge(x, LOG_RUN, 1 << LOG_RUN, True)
-    for i in tl.static_range(LOG_K - LOG_RUN):
-        none = tl.full([M, L, 1 << (LOG_RUN + i)], NOTHING, tl.int64)
-        x = tl.reshape(tl.permute(tl.join(none, x), [0, 1, 3, 2]), [M, L, 2 << (LOG_RUN + i)])
+        x = _merge(x, i, 0, 1 << i, AS_FLOAT64)
+    x = _thin_out(x, LOG_N, LOG_RUN, AS_FLOAT64)
+    for i in tl.static_range(LOG_RUN, LOG_K):
+        both = tl.join(tl.full(x.shape, NO_KEY_64 if AS_FLOAT64 else NO_KEY, tl.int64), x)
+        both = tl.permute(both, [0, 1, 3, 2])
+        x = tl.reshape(both, [x.shape[0], x.shape[1], 2 << i])
     return x
 
 
 @triton.jit
 def _shift(x, before, LOG_N: tl.constexpr):
     """x [M, LANES, N] moved on by one KV block, `before` coming in; and what goes out."""
-    M: tl.constexpr = x.shape[0]
-    N: tl.constexpr = 1 << LOG_N
-    at = tl.arange(0, N)[None, None, :]
+    at = tl.arange(0, 1 << LOG_N)[None, None, :]
     bits = x.to(tl.int32, bitcast=True).to(tl.int64)
     shifted = bits
     for i in tl.static_range(LOG_N):
-        bits = tl.reshape(bits, [M, LANES, N >> (i + 1), 2, 1 << i])
-        bits = tl.reshape(_other(bits, 3), [M, LANES, N])
+        bits = _swapped(bits, 1 << i)
         shifted = tl.where(at % (2 << i) == 1 << i, bits, shifted)
     # now they are in reverse, the last first; lane 0 gets that of lane 3
-    last = tl.reshape(tl.sum(tl.where(at == 0, bits, 0), 2), [M, 2, 2])
+    last = tl.reshape(tl.sum(tl.where(at == 0, bits, 0), 2), [x.shape[0], 2, 2])
     near = _other(last, 2)
-    lane = tl.arange(0, LANES)[None, :]
     across = tl.where(tl.arange(0, 2)[None, None, :] == 1, near, _other(near, 1))
-    across = tl.reshape(across, [M, LANES])
-    first = tl.where(lane == 0, before, across)
+    across = tl.reshape(across, [x.shape[0], LANES])
+    first = tl.where(tl.arange(0, LANES)[None, :] == 0, before, across)
     shifted = tl.where(at == 0, first[:, :, None], shifted)
     return shifted.to(tl.int32).to(tl.float32, bitcast=True), across
 
@@ -126,8 +142,9 @@ def _select_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     RUNS: tl.constexpr, OWN_RUNS: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, LOG_K: tl.constexpr, LOG_N: tl.constexpr,
-    LOG_LANE: tl.constexpr, LEVELS: tl.constexpr,
+    LOG_LANE: tl.constexpr, LOG_LISTS: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, LISTS: tl.constexpr,
+    AS_FLOAT64: tl.constexpr,
 ):  # fmt: skip
     """One program chooses for BLOCK_M tokens and a KV head, among BLOCK_K KV blocks at a time."""
     # the last tokens have most to choose from, so they begin
@@ -154,7 +171,7 @@ def _select_kernel(
     q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
     l_base = lse_ptr + b * stride_l_b + h * GROUP * stride_l_h + token.to(tl.int64) * stride_l_t
     scale_2 = scale * 1.4426950408889634
-    best = tl.full([BLOCK_M, LISTS, 1 << LOG_K], NOTHING, tl.int64)  # descending
+    best = tl.full([BLOCK_M, LISTS, 1 << LOG_K], NO_KEY, tl.int64)  # descending
     begin = tl.min(first, 0)
     while begin < FAR:  # once for each packed sequence among the tokens
         mine = first == begin
@@ -217,15 +234,19 @@ def _select_kernel(
             low = (block ^ FAR).to(tl.uint32).to(tl.int64)
             key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
             key = tl.reshape(key, [BLOCK_M, LISTS, BLOCK_K // LISTS])
-            best = tl.maximum(best, _sort_up(key, LOG_N, LOG_K))
-            best = _merge(best, LOG_K, 1 << LOG_K, False)
+            best = _larger(_best_up(key, LOG_N, LOG_K, AS_FLOAT64), best, AS_FLOAT64)
+            best = _merge(best, LOG_K, 1, 1 << LOG_K, AS_FLOAT64)
         begin = tl.min(tl.where(first > begin, first, FAR), 0)
-    both = tl.reshape(best, [BLOCK_M, LISTS << LOG_K])
-    best = tl.topk(both, 1 << LOG_K)
+    turned = best
+    for i in tl.static_range(LOG_K):
+        turned = _swapped(turned, 1 << i)
+    best = tl.where(tl.arange(0, LISTS)[None, :, None] % 2 == 0, turned, best)
+    best = tl.reshape(best, [BLOCK_M, 1, LISTS << LOG_K])
+    best = _thin_out(best, LOG_K + LOG_LISTS, LOG_K, AS_FLOAT64)
     at = tl.arange(0, 1 << LOG_K)[None, :]
-    chosen = (best & FAR).to(tl.int32) ^ FAR
-    chosen = tl.where((best >= 0) & (at < K), chosen, FAR)
-    chosen = tl.sort(chosen)
+    taken = (best >= 0) & (at[:, None, :] >= (1 << LOG_K) - K)
+    chosen = tl.where(taken, (best & FAR).to(tl.int32) ^ FAR, FAR)
+    chosen = tl.reshape(_best_up(chosen, LOG_K, LOG_K, False), [BLOCK_M, 1 << LOG_K])
     chosen = tl.where(chosen == FAR, -1, chosen)
     to = (row * T + token)[:, None] * K + at
     tl.store(out_ptr + to, chosen, mask=live[:, None] & (at < K))
@@ -265,8 +286,9 @@ def select(
         "ieee" if q.dtype == torch.float32 else "tf32",
         max(16, triton.next_power_of_2(head_dim)), log_k,
         (tiles.block_k // tiles.lists).bit_length() - 1,
-        (tiles.block_k // LANES.value).bit_length() - 1, -(-(runs - 1) // own_runs),
-        tiles.block_m, tiles.block_k, tiles.runs, tiles.lists,
+        (tiles.block_k // LANES.value).bit_length() - 1, tiles.lists.bit_length() - 1,
+        -(-(runs - 1) // own_runs),
+        tiles.block_m, tiles.block_k, tiles.runs, tiles.lists, tiles.as_float64,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out
