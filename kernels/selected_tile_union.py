@@ -56,11 +56,14 @@ def default_tiles(
     """
     if itemsize > 2:  # without matrix units, products live in registers
         return Tiles(16, 1, 16, 4, 4, 1, 255)
-    block_g = min(2, group)
     if max(head_dim, value_dim) > 128:
-        return Tiles(64, block_g, min(block_size, 32), 16, 8, 2, 255)
-    # with 128 registers two programs of eight warps share a multiprocessor
-    return Tiles(64, block_g, min(block_size, 64), 16, 4 * block_g, 2, 255 if group == 1 else 128)
+        return Tiles(64, min(2, group), min(block_size, 32), 16, 8, 2, 255)
+    if group == 1:
+        return Tiles(64, 1, min(block_size, 64), 16, 4, 2, 255)
+    # with 128 registers two programs of eight warps share a multiprocessor; products of more keys
+    # would need more than that, and be done one by one
+    block_n = 64 if max(head_dim, value_dim) <= 64 else 32
+    return Tiles(64, 2, min(block_size, block_n), 16, 8, 2, 128)
 
 
 def pad_before(shift: int, block_t: int) -> int:
@@ -137,7 +140,7 @@ def _tile_kernel(
     scale, T, S, n_tiles, before, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, NATURAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
+    POSITIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program attends with a tile of tokens and BLOCK_G heads; rows are (head, token).
@@ -166,34 +169,40 @@ def _tile_kernel(
     q = tl.load(
         q_at[:, None] + d[None, :] * stride_q_d, mask=live[:, None] & (d[None, :] < D), other=0.0
     )  # [BLOCK_G * BLOCK_T, BLOCK_D]
-    k_base = k_ptr + b * stride_k_b + h * stride_k_h
-    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    k_at = k_ptr + b * stride_k_b + h * stride_k_h + n.to(tl.int64)[None, :] * stride_k_s
+    k_at += d[:, None] * stride_k_d  # [BLOCK_D, BLOCK_N]
+    v_at = v_ptr + b * stride_v_b + h * stride_v_h + n.to(tl.int64)[:, None] * stride_v_s
+    v_at += dv[None, :] * stride_v_d  # [BLOCK_N, BLOCK_DV]
     scale = scale * 1.4426950408889634
+    # a positive factor may follow the mask and the maximum, where it costs nothing
+    size = scale if POSITIVE else 1.0
     highest = tl.full([BLOCK_G * BLOCK_T], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_G * BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_G * BLOCK_T, BLOCK_DV], tl.float32)
     blocks_ptr += tile.to(tl.int64) * capacity * 4
     for i in tl.range(0, tl.load(counts_ptr + tile) * steps, num_stages=STAGES):
         block_at = blocks_ptr + i // steps * 4
-        key = tl.load(block_at) + i % steps * BLOCK_N + n
+        begin = tl.load(block_at) + i % steps * BLOCK_N
         end = tl.load(block_at + 1)
-        at = key.to(tl.int64)
+        key = begin + n
         k = tl.load(
-            k_base + at[None, :] * stride_k_s + d[:, None] * stride_k_d,
+            k_at + begin.to(tl.int64) * stride_k_s,
             mask=(key < end)[None, :] & (d[:, None] < D), other=0.0,
         )  # [BLOCK_D, BLOCK_N]  # fmt: skip
         v = tl.load(
-            v_base + at[:, None] * stride_v_s + dv[None, :] * stride_v_d,
+            v_at + begin.to(tl.int64) * stride_v_s,
             mask=(key < end)[:, None] & (dv[None, :] < DV), other=0.0,
         )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
         members = tl.where(in_tile < 32, tl.load(block_at + 2), tl.load(block_at + 3))
         last = own if CAUSAL else tl.zeros_like(own) + (end - 1)
         last = tl.where((members >> (in_tile % 32)) & 1 != 0, last, -1)  # key that a row reads
-        s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_G * BLOCK_T, BLOCK_N]
+        s = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_G * BLOCK_T, BLOCK_N]
+        if not POSITIVE:
+            s = s * scale
         s = tl.where(key[None, :] <= last[:, None], s, -float("inf"))
-        new = tl.maximum(highest, tl.max(s, 1))
+        new = tl.maximum(highest, tl.max(s, 1) * size)
         reference = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s - reference[:, None])
+        p = tl.exp2(s * size - reference[:, None])
         shrink = tl.exp2(highest - reference)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -267,7 +276,7 @@ def forward(
         *q.stride(), *k.stride(), *v.stride(),
         scale, n_tokens, n_keys, n_all // (batch * heads), pad_before(place.shift, tiles.block_t),
         unions.capacity,
-        heads, group, head_dim, value_dim, block_size, causal, place.packed, unions.rest is None,
+        heads, group, head_dim, value_dim, block_size, causal, place.packed, unions.rest is None, scale > 0,
         "ieee" if q.dtype == torch.float32 else "tf32",
         *(max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim)),
         tiles.block_t, tiles.block_g, tiles.block_n, tiles.num_stages,

@@ -91,7 +91,7 @@ def test_padding_changes_nothing(case: Case, more: int, seed: int) -> None:
         check_worst(case, [q, k, v, lists], found, order)
 
 
-@settings(deadline=None, phases=PHASES, max_examples=6)
+@settings(deadline=None, phases=PHASES, max_examples=4)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**30))
 def test_a_sequence_twice_in_a_pack_gives_its_output_twice(
     first: int, second: int, seed: int
@@ -134,6 +134,14 @@ def test_one_token_and_many_keys(order: str) -> None:
     case = Case(batch=2, queries=1, keys=1500, slots=32, group=5)
     inputs = case.inputs()
     check(case, inputs, launch(order, case, inputs), order)
+
+
+@pytest.mark.parametrize("order", selected.LOOP_ORDERS)
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive(scale: float, order: str) -> None:
+    case = Case(queries=12, keys=30, slots=2, scale=scale, neighbours=4)
+    inputs = case.inputs()
+    check_worst(case, inputs, launch(order, case, inputs), order)
 
 
 @pytest.mark.parametrize("order", ["query_major", "tile_union"])
