@@ -94,7 +94,9 @@ def _thin_out(x, LOG_N: tl.constexpr, LOG_RUN: tl.constexpr, AS_FLOAT64: tl.cons
     """The 2 ** LOG_RUN largest, ascending, of runs that rise and fall in turn."""
     for i in tl.static_range(LOG_N - LOG_RUN):
         # the larger of each two are the largest, and rise and fall
-        pairs = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] >> (LOG_RUN + 1), 2, 1 << LOG_RUN])
+        pairs = tl.reshape(
+            x, [x.shape[0], x.shape[1], x.shape[2] >> (LOG_RUN + 1), 2, 1 << LOG_RUN]
+        )
         x = tl.reshape(tl.max(pairs, 3), [x.shape[0], x.shape[1], x.shape[2] // 2])
         x = _merge(x, LOG_RUN, 0, 1 << LOG_RUN, AS_FLOAT64)
     return x

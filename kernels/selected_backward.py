@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_compile.kernels.delta import delta
 from sparse_compile.kernels.selected_lists import (
+    UNROLLED,
     Geometry,
     build_lists,
     cut,
@@ -159,17 +160,19 @@ def _sum_slots_kernel(
     position, n_keys, _base, _first = read_position(rows_ptr, token, T, S, PACKED)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     place = scratch_base + in_chunk * K * GROUP + head
-    for slot in tl.static_range(K):
-        _block, listed = read_entry(
-            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
-            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-            HEADS, BLOCK_SIZE, CAUSAL, PACKED, False,
-        )  # fmt: skip
-        part = tl.load(
-            part_ptr + (place + slot * GROUP)[:, None] * D + d[None, :],
-            mask=listed[:, None] & (d[None, :] < D), other=0.0,
-        )  # [BLOCK_R, BLOCK_D]  # fmt: skip
-        acc += part.to(tl.float32)
+    for slots in range(0, K, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            slot = token * 0 + slots + i
+            _block, listed = read_entry(
+                indices_ptr, row, token, slot, live & (slot < K), position, n_keys,
+                stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+                HEADS, BLOCK_SIZE, CAUSAL, PACKED, False,
+            )  # fmt: skip
+            part = tl.load(
+                part_ptr + (place + slot * GROUP)[:, None] * D + d[None, :],
+                mask=listed[:, None] & (d[None, :] < D), other=0.0,
+            )  # [BLOCK_R, BLOCK_D]  # fmt: skip
+            acc += part.to(tl.float32)
     to = (row * GROUP + head) * T + token
     tl.store(
         dq_ptr + to[:, None] * D + d[None, :], (acc * scale).to(dq_ptr.dtype.element_ty),

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.selected_lists import (
+    UNROLLED,
     Geometry,
     build_lists,
     cut,
@@ -236,36 +237,40 @@ def _merge(
     if STARTED:
         highest = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
     before_lse = highest
-    for slot in tl.static_range(K):
-        _block, listed = read_entry(
-            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
-            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
-        )  # fmt: skip
-        at = part_lse_ptr + place + slot * GROUP
-        highest = tl.maximum(highest, tl.load(at, mask=listed, other=-float("inf")))
+    for slots in range(0, K, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            slot = token * 0 + slots + i
+            _block, listed = read_entry(
+                indices_ptr, row, token, slot, live & (slot < K), position, n_keys,
+                stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+                HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
+            )  # fmt: skip
+            at = part_lse_ptr + place + slot * GROUP
+            highest = tl.maximum(highest, tl.load(at, mask=listed, other=-float("inf")))
     reference = tl.where(highest == -float("inf"), 0.0, highest)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if STARTED:
         total = tl.exp2(before_lse - reference)
         acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32) * total[:, None]
-    for slot in tl.static_range(K):
-        _block, listed = read_entry(
-            indices_ptr, row, token, token * 0 + slot, live, position, n_keys,
-            stride_i_b, stride_i_h, stride_i_t, stride_i_k,
-            HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
-        )  # fmt: skip
-        at = place + slot * GROUP
-        part_lse = tl.load(part_lse_ptr + at, mask=listed, other=-float("inf"))
-        part = tl.load(
-            part_ptr + at[:, None] * DV + dv[None, :],
-            mask=listed[:, None] & (dv[None, :] < DV), other=0.0,
-        )  # [BLOCK_R, BLOCK_DV]  # fmt: skip
-        weight = tl.exp2(part_lse - reference)
-        total += weight
-        acc += part.to(tl.float32) * weight[:, None]
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    for slots in range(0, K, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            slot = token * 0 + slots + i
+            _block, listed = read_entry(
+                indices_ptr, row, token, slot, live & (slot < K), position, n_keys,
+                stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+                HEADS, BLOCK_SIZE, CAUSAL, PACKED, LOCAL,
+            )  # fmt: skip
+            at = place + slot * GROUP
+            part_lse = tl.load(part_lse_ptr + at, mask=listed, other=-float("inf"))
+            part = tl.load(
+                part_ptr + at[:, None] * DV + dv[None, :],
+                mask=listed[:, None] & (dv[None, :] < DV), other=0.0,
+            )  # [BLOCK_R, BLOCK_DV]  # fmt: skip
+            weight = tl.exp2(part_lse - reference)
+            total += weight
+            acc += part.to(tl.float32) * weight[:, None]
+    acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
 
@@ -328,14 +333,17 @@ class Tiles(NamedTuple):
     num_warps: int
     merged: int  # rows that a program merges
     registers: int | None  # of a thread: so few that more programs fit
+    local_registers: int | None  # the same for what is read densely
 
 
 def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> Tiles:
     """Tiles that run everywhere; small ones, so that many programs fit."""
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
     block_m = 64 if row_bytes <= 512 else 32
-    registers = 128 if row_bytes <= 256 and itemsize == 2 else None
-    return Tiles(block_m, max(1, 8 * block_m // group), 4, 8, registers)
+    is_small = row_bytes <= 256 and itemsize == 2
+    return Tiles(
+        block_m, max(1, 8 * block_m // group), 4, 8, *((128, 168) if is_small else (None, None))
+    )
 
 
 def forward(
@@ -358,7 +366,7 @@ def forward(
             scale, n_tokens, n_keys,
             heads, group, n_slots, head_dim, value_dim, block_size, place.packed, _precision(q),
             triton.next_power_of_2(n_slots), _padded(head_dim), _padded(value_dim),
-            LOCAL_TOKENS, min(64, block_size), num_stages=1, maxnreg=tiles.registers,
+            LOCAL_TOKENS, min(64, block_size), num_stages=1, maxnreg=tiles.local_registers,
         )  # fmt: skip
     attend(
         q, k, v, block_indices, place, out, lse,

@@ -19,6 +19,7 @@ ENTRIES = 1024  # per program
 LISTS = 128  # per program
 MAX_PARTS = 16  # of a list, with counters of their own
 COUNTERS = 2**22  # at most, unless there are more lists
+UNROLLED = tl.constexpr(8)  # slots whose partial results are on their way at a time
 ROWS_PER_LIST = 128  # fewer would leave the tiles of rows empty
 
 
