@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE_NUMBERS = 2**24  # of gathered keys or values at a time
+TILE_NUMBERS = 2**20  # of gathered keys or values at a time: they stay in the cache
 
 
 def forward(
@@ -20,11 +20,12 @@ def forward(
     out = q.new_empty((batch, query_heads, n_tokens, v.shape[3]))
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=acc)
     by_group = q.unflatten(1, (k.shape[1], -1)).to(acc)  # [B, Hkv, G, T, D]
+    k, v = k.to(acc), v.to(acc)
     for tokens, keys, keep in _tiles(q, k, v, block_indices, cu_seqlens, block_size, causal):
-        scores = _scores(by_group[:, :, :, tokens], _gathered(k, keys, acc), keep, scale)
+        scores = _scores(by_group[:, :, :, tokens], _gathered(k, keys), keep, scale)
         row_lse = scores.logsumexp(-1)
         weights = (scores - _finite(row_lse)[..., None]).exp()
-        part = torch.einsum("bhgcn,bhcnd->bhgcd", weights, _gathered(v, keys, acc))
+        part = torch.einsum("bhgcn,bhcnd->bhgcd", weights, _gathered(v, keys))
         out[:, :, tokens] = part.flatten(1, 2).to(q.dtype)
         lse[:, :, tokens] = row_lse.flatten(1, 2)
     return out, lse
@@ -43,22 +44,24 @@ def backward(
     by_group, grads, lse, delta = (
         x.unflatten(1, (heads, -1)).to(acc) for x in (q, grad_out, lse, delta)
     )
+    dtypes = k.dtype, v.dtype
+    k, v = k.to(acc), v.to(acc)
     dq = torch.empty(by_group.shape, dtype=acc)
     dk, dv = (torch.zeros(x.shape, dtype=acc) for x in (k, v))
     for tokens, keys, keep in _tiles(q, k, v, block_indices, cu_seqlens, block_size, causal):
         some_q, some_k, grad = (
             by_group[:, :, :, tokens],
-            _gathered(k, keys, acc),
+            _gathered(k, keys),
             grads[:, :, :, tokens],
         )
         scores = _scores(some_q, some_k, keep, scale)
         weights = (scores - _finite(lse[:, :, :, tokens])[..., None]).exp()
-        above = torch.einsum("bhgcd,bhcnd->bhgcn", grad, _gathered(v, keys, acc))
+        above = torch.einsum("bhgcd,bhcnd->bhgcn", grad, _gathered(v, keys))
         inner = weights * (above - delta[:, :, :, tokens, None]) * scale
         dq[:, :, :, tokens] = torch.einsum("bhgcn,bhcnd->bhgcd", inner, some_k)
         _add(dk, keys, torch.einsum("bhgcn,bhgcd->bhcnd", inner, some_q))
         _add(dv, keys, torch.einsum("bhgcn,bhgcd->bhcnd", weights, grad))
-    return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.flatten(1, 2).to(q.dtype), dk.to(dtypes[0]), dv.to(dtypes[1])
 
 
 def _tiles(
@@ -88,15 +91,19 @@ def _tiles(
         yield tokens, key.masked_fill(~keep, 0).flatten(3), keep.flatten(3)
 
 
-def _gathered(x: Tensor, keys: Tensor, acc: torch.dtype) -> Tensor:
+def _gathered(x: Tensor, keys: Tensor) -> Tensor:
     """Rows of K or V [B, Hkv, S, D] at `keys` [B, Hkv, C, n]: [B, Hkv, C, n, D]."""
-    at = keys.flatten(2)[..., None].expand(-1, -1, -1, x.shape[3])
-    return x.gather(2, at).to(acc).unflatten(2, keys.shape[2:])
+    return x.flatten(0, 2).index_select(0, _rows(x, keys)).view(*keys.shape, x.shape[3])
 
 
 def _add(total: Tensor, keys: Tensor, part: Tensor) -> None:
-    at = keys.flatten(2)[..., None].expand(-1, -1, -1, total.shape[3])
-    total.scatter_add_(2, at, part.flatten(2, 3))
+    total.view(-1, total.shape[3]).index_add_(0, _rows(total, keys), part.flatten(0, 3))
+
+
+def _rows(x: Tensor, keys: Tensor) -> Tensor:
+    """Keys of all sequences and heads, counted through: an index of whole rows is read at once."""
+    heads = torch.arange(keys.shape[0] * keys.shape[1]) * x.shape[2]
+    return (keys.flatten(0, 1) + heads[:, None, None]).flatten()
 
 
 def _scores(q: Tensor, k: Tensor, keep: Tensor, scale: float) -> Tensor:
