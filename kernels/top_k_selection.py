@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.kernels import key_ranges, range_attention, select_top_k
+from sparse_compile.kernels import range_attention, select_top_k
 from sparse_compile.kernels.checks import MAX_HEAD_DIM
 
 OP = "sparse_compile::top_k_selection"
@@ -98,10 +98,17 @@ def spread(q: Tensor, scores: str) -> Tensor:
 
     A positive channel meets the largest value of the keys and a negative one the smallest.
     """
-    return q if scores == "mean" else torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
+    if scores == "mean":
+        return q
+    dim = q.shape[3]
+    wide = q.new_empty((*q.shape[:3], 2 * dim))
+    torch.clamp(q, min=0, out=wide[..., :dim])
+    torch.clamp(q, max=0, out=wide[..., dim:])
+    return wide
 
 
 def _select_cpu(q, k, n_selected, block_size, sinks, local, scale, scores):
+    q, k = q.detach(), k.detach()  # a choice has no gradient
     with torch.autocast("cpu", enabled=False):  # it would multiply in 16 bits
         return _select_by_tiles(q, k, n_selected, block_size, sinks, local, scale, scores)
 
@@ -132,23 +139,27 @@ def _select_by_tiles(
 
 def launch(q, k, n_selected, block_size, sinks, local, scale, scores):
     """The operator by Triton kernels: those of compressed attention, for pooled keys."""
-    n_tokens, n_keys = q.shape[2], k.shape[2]
+    from sparse_compile.kernels import select_kernels  # Triton takes long to load
+
+    q, k, n_tokens = q.detach(), k.detach(), q.shape[2]  # a choice has no gradient
     if scale < 0:
         q, scale = -q, -scale
     keys = pooled(k, block_size, scores)
+    position = torch.arange(n_tokens, device=q.device) + (k.shape[2] - n_tokens)
+    own = position.div(block_size, rounding_mode="floor").int()
+    end = (position + 1).div(block_size, rounding_mode="floor").clamp(min=0).int()
+    first = torch.zeros_like(end)
     row_bytes = q.shape[0] * q.shape[1] * keys.shape[3] * q.element_size()
     step = n_tokens if scores == "mean" else max(1, CHUNK_BYTES // row_bytes // 64) * 64
-    parts = [q.new_empty((q.shape[0], k.shape[1], 0, n_selected), dtype=torch.int32)]
+    parts = [own.new_empty((q.shape[0], k.shape[1], 0, n_selected))]
     for at in range(0, n_tokens, max(1, step)):
-        some = spread(q[:, :, at : at + step], scores)
-        n_past = n_keys - n_tokens + min(at + step, n_tokens)  # up to the last of these tokens
-        where = key_ranges.tokens(some.shape[2], n_past, None, q.device)
-        first, end = (x.int() for x in key_ranges.compressed(where, block_size, block_size))
+        some = slice(at, at + step)
+        query, ranges = spread(q[:, :, some], scores), (first[some], end[some])
         # the log-sum-exp alone is wanted, so one channel stands for the values
-        _, lse = range_attention.launch(some, keys, keys[..., :1], first, end, scale)
-        chosen = select_top_k.launch(
-            some, keys, lse, n_selected, block_size, block_size, block_size, sinks, local, scale,
-            n_past, None,
+        _, lse = range_attention.launch(query, keys, keys[..., :1], *ranges, scale)
+        chosen = select_kernels.select(
+            query, keys, lse, *ranges, own[some], k=n_selected, runs=1, own_runs=1, sinks=sinks,
+            local=local, scale=scale,
         )  # fmt: skip
         parts.append(chosen)
     return torch.cat(parts, dim=2) if len(parts) > 2 else parts[-1]

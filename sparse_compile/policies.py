@@ -72,7 +72,9 @@ def _other_function(proven: Proven) -> Reason | None:
         return Reason(code="one-query", message=message)
     if not _is_causal(proven):
         atoms = [str(atom) if atom.kind == "causal" else atom.kind for atom in proven.mask.atoms]
-        message = f"the mask is {' & '.join(atoms) or 'dense'}, not causal up to the last key"
+        message = f"the mask is {' & '.join(atoms)}, not causal up to the last key"
+        if not atoms:
+            message = "every query reads every key, as in an encoder or in decoding"
         if "key_padding" in atoms:
             message += "; leave out attention_mask where no token is padding"
         return Reason(code="mask-not-causal", message=message)

@@ -367,7 +367,7 @@ def large(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 MASK = torch.arange(T) < torch.tensor([[T], [60]])
 FALL_BACK = {
-    "no-mask": (no_mask, (), "mask-not-causal", "the mask is dense, not causal up to the last key"),
+    "no-mask": (no_mask, (), "mask-not-causal", "every query reads every key, as in an encoder"),
     "top-left": (top_left, (40, T, T), "mask-not-causal", "the mask is causal, not causal up to"),
     "window": (window, (), "mask-not-causal", "the mask is causal & window, not causal"),
     "strict": (strict, (), "mask-not-causal", "the mask is"),
