@@ -22,6 +22,7 @@ from sparse_compile.kernels import range_attention as _range  # noqa: F401
 from sparse_compile.kernels import select_top_k as _select  # noqa: F401
 from sparse_compile.kernels import selected_attention as _selected
 from sparse_compile.kernels.program_attention import check_program
+from sparse_compile.kernels.program_attention_cpu import parsed
 
 LoopOrder = Literal["query_major", "kv_major", "tile_union"]
 
@@ -314,8 +315,9 @@ def block_sparse_attention(
 
     Formulas are written with the symbols of `sparse_compile.expressions`: `b` a sequence, `h` a
     query head, `t` and `s` the rows of `q` and `k`, `x` the score; `Load(i, ...)` reads an element
-    of `operands[i]`. On CUDA they are printed into the kernels. The forward, and the gradients of
-    `q`, `k` and `v`, give the same bits every time.
+    of `operands[i]`. On CUDA they are printed into the kernels. Formulas for a function that
+    torch.compile compiles are written outside of it. The forward, and the gradients of `q`, `k` and
+    `v`, give the same bits every time.
 
     Args:
         q: Queries, [B, Hq, T, D] float16, bfloat16 or float32 (on the CPU float64 too), D <= 256.
@@ -351,8 +353,9 @@ def block_sparse_attention(
     checks.check_block_size(block_size)
     checks.check_lists(q, k, block_indices, block_counts, full_counts, tile, block_size)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    program, text = _program(scale, mask, score, sink, empty_rows)
-    check_program(program, q, operands)
+    text = _encoded(scale, mask, score, sink, empty_rows)
+    if not torch.compiler.is_dynamo_compiling():  # which cannot trace the parser
+        check_program(parsed(text), q, operands)
     try:
         out, lse = torch.ops.sparse_compile.block_sparse_attention_v1(
             q, k, v, block_indices, block_counts, full_counts, list(operands), text, tile,
@@ -396,8 +399,9 @@ def list_blocks(
     checks.check_heads(q, k, k, ("q", "k", "k"))
     checks.check_tile(tile)
     checks.check_block_size(block_size)
-    program, text = _program(1.0, mask, None, None, "zero")
-    check_program(program, q, operands)
+    text = _encoded(1.0, mask, None, None, "zero")
+    if not torch.compiler.is_dynamo_compiling():
+        check_program(parsed(text), q, operands)
     if capacity is not None and capacity < 1:
         raise OperatorError(f"capacity is {capacity}. Expected at least 1, or None.")
     found = torch.ops.sparse_compile.list_blocks_v1(
@@ -415,12 +419,20 @@ def list_blocks(
     return found
 
 
+@torch.compiler.assume_constant_result  # a formula is, and Dynamo cannot trace sympy
+def _encoded(
+    scale: float, mask: sympy.Basic | None, score: sympy.Expr | None, sink: sympy.Expr | None,
+    empty_rows: EmptyRows,
+) -> str:  # fmt: skip
+    return _program(scale, mask, score, sink, empty_rows)
+
+
 @functools.lru_cache(maxsize=1024)
 def _program(
     scale: float, mask: sympy.Basic | None, score: sympy.Expr | None, sink: sympy.Expr | None,
     empty_rows: EmptyRows,
-) -> tuple[ScoreProgram, str]:  # fmt: skip
-    """A program, and as a string."""
+) -> str:  # fmt: skip
+    """A program as a string."""
     keep = sympy.true if mask is None else sympy.sympify(mask)
     if not expressions.is_predicate(keep):
         raise OperatorError(f"mask is {keep}. Expected a Boolean, such as a comparison.")
@@ -437,7 +449,7 @@ def _program(
     if empty_rows not in ("zero", "uniform", "nan"):
         raise OperatorError(f'empty_rows is "{empty_rows}". Expected "zero", "uniform" or "nan".')
     program = ScoreProgram(scale=scale, keep=keep, empty_rows=empty_rows, **formulas)
-    return program, program.encode()
+    return program.encode()
 
 
 def _compressed_tokens(

@@ -266,6 +266,21 @@ def test_a_compiled_function_keeps_the_operator_whole() -> None:
     torch.testing.assert_close(*grads)
 
 
+WINDOW = sympy.And(s <= t, t - s < 20)
+
+
+def test_whole_functions_compile_in_one_graph() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        indices, counts, full = list_blocks(q, k, WINDOW, **ALL)
+        out = block_sparse_attention(q, k, v, indices, counts, full_counts=full, mask=WINDOW, **ALL)
+        return out * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for rows in (33, 41, 50):
+        inputs = small(rows=rows, keys=rows)
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tile": ({"tile": 48}, "tile is 48. Expected one of 16, 32, 64, 128"),
     "block size": ({"block_size": 8}, "block_size is 8. Expected one of"),
