@@ -94,22 +94,24 @@ def _query_kernel(
         end = tl.minimum(end, start + position + 1)
     i_at = indices_ptr + b * stride_i_b + h * stride_i_h + token.to(tl.int64) * stride_i_t
     i_at += first * stride_i_k
-    k_base = k_ptr + b * stride_k_b + h * stride_k_h
-    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    k_at = k_ptr + b * stride_k_b + h * stride_k_h + n.to(tl.int64)[:, None] * stride_k_s
+    k_at += d[None, :] * stride_k_d  # [BLOCK_N, BLOCK_D]
+    v_at = v_ptr + b * stride_v_b + h * stride_v_h + n.to(tl.int64)[None, :] * stride_v_s
+    v_at += dv[:, None] * stride_v_d  # [BLOCK_DV, BLOCK_N]
     highest = tl.full([BLOCK_G], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    # by keys of a step, summed at the end: a sum over warps costs more than these products
+    total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_DV, BLOCK_G], tl.float32)
     for i in tl.range(0, n_steps, num_stages=STAGES):
         block = tl.load(i_at + i // steps * stride_i_k).to(tl.int32)
-        key = start + block * BLOCK_SIZE + i % steps * BLOCK_N + n
-        keep = key < end
-        at = key.to(tl.int64)
+        begin = start + block * BLOCK_SIZE + i % steps * BLOCK_N
+        keep = begin + n < end
         k = tl.load(
-            k_base + at[:, None] * stride_k_s + d[None, :] * stride_k_d,
+            k_at + begin.to(tl.int64) * stride_k_s,
             mask=keep[:, None] & (d[None, :] < D), other=0.0,
         )  # [BLOCK_N, BLOCK_D]  # fmt: skip
         v = tl.load(
-            v_base + at[None, :] * stride_v_s + dv[:, None] * stride_v_d,
+            v_at + begin.to(tl.int64) * stride_v_s,
             mask=keep[None, :] & (dv[:, None] < DV), other=0.0,
         )  # [BLOCK_DV, BLOCK_N]  # fmt: skip
         s = tl.dot(k, q, input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_G]
@@ -118,11 +120,12 @@ def _query_kernel(
         # natural until here, so the log-sum-exp is rounded as the scores are
         p = tl.exp2((s - new[None, :]) * 1.4426950408889634)
         shrink = tl.exp2((highest - new) * 1.4426950408889634)
-        total = total * shrink + tl.sum(p, 0)
+        total = total * shrink[None, :] + p
         acc = acc * shrink[None, :]
         acc = tl.dot(v, p.to(v.dtype), acc, input_precision=PRECISION)
         highest = new
     to = ((row * GROUP + g) * T + token) * SPLITS + split  # [BLOCK_G]
+    total = tl.sum(total, 0)  # [BLOCK_G]
     acc = acc / tl.where(total == 0.0, 1.0, total)[None, :]
     tl.store(
         out_ptr + to[None, :] * DV + dv[:, None], acc.to(out_ptr.dtype.element_ty),
