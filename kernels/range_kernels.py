@@ -116,7 +116,7 @@ def _range_forward_kernel(
     v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
     # a factor above zero, so that the largest score is the largest product
     q = (q * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
-    scale = tl.abs(scale) * 1.4426950408889634
+    scale = tl.maximum(tl.abs(scale), 1e-30) * 1.4426950408889634
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)

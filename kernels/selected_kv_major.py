@@ -84,7 +84,7 @@ def _local_kernel(
     v_base = v_ptr + b * stride_v_b + h * stride_v_h
     # a factor above zero, so that the largest score is the largest product
     sign = tl.where(scale < 0, -1.0, 1.0)
-    scale = tl.abs(scale) * 1.4426950408889634
+    scale = tl.maximum(tl.abs(scale), 1e-30) * 1.4426950408889634
     q = (q * sign).to(q.dtype)
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -159,7 +159,7 @@ def _attend(
     shift = 0 if PACKED else S - T
     # log-sum-exps of the scratch are of base 2; the factor is above zero
     sign = tl.where(scale < 0, -1.0, 1.0)
-    scale = tl.abs(scale) * 1.4426950408889634
+    scale = tl.maximum(tl.abs(scale), 1e-30) * 1.4426950408889634
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dv = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
     key = first_key + tl.arange(0, BLOCK_SIZE)  # [BLOCK_SIZE]

@@ -90,6 +90,19 @@ def test_ranges(name: str, kind: str, way: str) -> None:
         assert_close_derived(ours, truth, roughs, name=f"d{what}")
 
 
+@interpreted
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive(scale: float) -> None:
+    inputs, ranges, _ = made("other-values", "window")
+    inputs = [x.detach() for x in inputs]
+    truths = ranged.range_attention_ref(*in_dtype(inputs, torch.float64), *ranges, scale)
+    naturals = ranged.range_attention_ref(*inputs, *ranges, scale)
+    for found, truth, natural in zip(
+        ranged.launch(*inputs, *ranges, scale), truths, naturals, strict=True
+    ):
+        assert_close_derived(found, truth, natural)
+
+
 def wrong_order(scores: Tensor, chosen: Tensor, own: Tensor, sinks: int, local: int) -> Tensor:
     """How much better the best KV block left out is than the worst chosen one, [B, Hkv, T]."""
     number = torch.arange(scores.shape[3])
