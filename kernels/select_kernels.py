@@ -48,6 +48,12 @@ def default_tiles(k: int, own_runs: int, dtype: torch.dtype) -> Tiles:
 
 
 @triton.jit
+def _replaced(items, at: tl.constexpr, item):
+    """A tuple with one item replaced."""
+    return items[:at] + (item,) + items[at + 1 :]  # noqa: RUF005 (Triton cannot unpack)
+
+
+@triton.jit
 def _other(pairs, AXIS: tl.constexpr):
     """The other element of each pair of integers along an axis; exact, since sums wrap around."""
     return tl.sum(pairs, AXIS, keep_dims=True) - pairs
@@ -65,9 +71,10 @@ def _larger(x, y, AS_FLOAT64: tl.constexpr):
     """The larger of two keys; no key is a NaN as a float64."""
     if AS_FLOAT64:
         is_first = x.to(tl.float64, bitcast=True) > y.to(tl.float64, bitcast=True)
-        return tl.where(is_first, x, y)
+        larger = tl.where(is_first, x, y)
     else:
-        return tl.maximum(x, y)
+        larger = tl.maximum(x, y)
+    return larger
 
 
 @triton.jit
@@ -92,7 +99,7 @@ def _merge(
 @triton.jit
 def _thin_out(x, LOG_N: tl.constexpr, LOG_RUN: tl.constexpr, AS_FLOAT64: tl.constexpr):
     """The 2 ** LOG_RUN largest, ascending, of runs that rise and fall in turn."""
-    for i in tl.static_range(LOG_N - LOG_RUN):
+    for _ in tl.static_range(LOG_N - LOG_RUN):
         # the larger of each two are the largest, and rise and fall
         pairs = tl.reshape(
             x, [x.shape[0], x.shape[1], x.shape[2] >> (LOG_RUN + 1), 2, 1 << LOG_RUN]
@@ -140,7 +147,7 @@ def _select_kernel(
     q_ptr, k_ptr, lse_ptr, first_ptr, end_ptr, own_ptr, out_ptr,
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_c, stride_k_d,
-    stride_l_b, stride_l_h, stride_l_t, scale, T, ROWS,
+    stride_l_b, stride_l_h, stride_l_t, scale, T, n_rows, group,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     RUNS: tl.constexpr, OWN_RUNS: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, LOG_K: tl.constexpr, LOG_N: tl.constexpr,
@@ -150,15 +157,16 @@ def _select_kernel(
 ):  # fmt: skip
     """One program chooses for BLOCK_M tokens and a KV head, among BLOCK_K KV blocks at a time."""
     # the last tokens have most to choose from, so they begin
-    tile = tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // ROWS
-    row = (tl.program_id(0) % ROWS).to(tl.int64)  # of batch and KV head
+    tile = tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // n_rows
+    row = (tl.program_id(0) % n_rows).to(tl.int64)  # of batch and KV head
     b, h = row // HEADS, row % HEADS
     token = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     live = token < T
+    token = tl.minimum(token, T - 1)  # the rest of the tile does as the last token does
     d = tl.arange(0, BLOCK_D)
-    first = tl.load(first_ptr + token, mask=live, other=FAR)
-    end = tl.load(end_ptr + token, mask=live, other=FAR)
-    own = tl.load(own_ptr + token, mask=live, other=-1)
+    first = tl.load(first_ptr + token)
+    end = tl.load(end_ptr + token)
+    own = tl.load(own_ptr + token)
 
     # columns: a run, then the KV block; a thread has two neighbouring columns of every eight
     PER_LANE: tl.constexpr = 1 << LOG_LANE
@@ -180,8 +188,8 @@ def _select_kernel(
         last = tl.max(tl.where(mine, own, -1), 0)
         stop = tl.max(tl.where(mine, end, 0), 0)
         # KV blocks below are for all to choose, and nothing of them is hidden
-        plain = tl.where(mine, tl.minimum(own - LOCAL + 1, (end - begin) // OWN_RUNS), 0)
-        plain = tl.min(tl.where(live, plain, FAR), 0)
+        plain = tl.minimum(own - LOCAL + 1, (end - begin) // OWN_RUNS)
+        plain = tl.min(tl.where(mine, plain, 0), 0)
         carry = (tl.zeros([BLOCK_M, LANES], tl.int64),) * LEVELS
         for start in range(0, last + 1, BLOCK_K):
             is_plain = (start >= SINKS) & (start + BLOCK_K <= plain)
@@ -193,14 +201,12 @@ def _select_kernel(
                     mask=(number < stop)[None, :] & (d[:, None] < D), other=0.0,
                 )  # [BLOCK_D, BLOCK_C]  # fmt: skip
                 weights = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-                for g in range(GROUP):
+                for g in range(group):  # a number of its own, so that nobody unrolls this
                     q_at = q_base + g * stride_q_h + token.to(tl.int64)[:, None] * stride_q_t
                     q = tl.load(
-                        q_at + d[None, :] * stride_q_d,
-                        mask=live[:, None] & (d[None, :] < D), other=0.0,
-                    )  # [BLOCK_M, BLOCK_D]  # fmt: skip
-                    lse = tl.load(l_base + g * stride_l_h, mask=live, other=0.0)
-                    lse_2 = lse * 1.4426950408889634
+                        q_at + d[None, :] * stride_q_d, mask=(d < D)[None, :], other=0.0
+                    )  # [BLOCK_M, BLOCK_D]
+                    lse_2 = tl.load(l_base + g * stride_l_h) * 1.4426950408889634
                     s = tl.dot(q, k, input_precision=PRECISION)
                     weight = tl.exp2(s * scale_2 - lse_2[:, None])
                     weights = weight if GROUP == 1 else weights + weight
@@ -218,13 +224,13 @@ def _select_kernel(
                     part = tl.where(times > 0, weights * times.to(tl.float32), 0.0)
                     part = tl.sum(part, 1)  # [BLOCK_M, LANES, PER_LANE]
                     if run == 0:
-                        pooled = pooled + (part,)
+                        pooled += (part,)
                     else:
-                        pooled = pooled[:level] + (pooled[level] + part,) + pooled[level + 1 :]
+                        pooled = _replaced(pooled, level, pooled[level] + part)
             score = pooled[LEVELS]
             for i in tl.static_range(LEVELS):
                 score, out = _shift(score, carry[i], LOG_LANE)
-                carry = carry[:i] + (out,) + carry[i + 1 :]
+                carry = _replaced(carry, i, out)
                 score += pooled[LEVELS - 1 - i]
             score = tl.reshape(tl.maximum(score, 0.0), [BLOCK_M, BLOCK_K])
             block = (start + j)[None, :]
@@ -283,7 +289,7 @@ def select(
     log_k = (k - 1).bit_length()
     _select_kernel[(rows * triton.cdiv(n_tokens, tiles.block_m),)](
         q, k_cmp, lse, first.int(), end.int(), own.int(), out,
-        *q.stride(), *k_cmp.stride(), *lse.stride(), scale, n_tokens, rows,
+        *q.stride(), *k_cmp.stride(), *lse.stride(), scale, n_tokens, rows, q.shape[1] // heads,
         heads, q.shape[1] // heads, head_dim, k, runs, own_runs, sinks, local,
         "ieee" if q.dtype == torch.float32 else "tf32",
         max(16, triton.next_power_of_2(head_dim)), log_k,
