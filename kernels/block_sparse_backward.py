@@ -30,9 +30,11 @@ def _query_gradient(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds to dQ of a tile what a part of its list gives."""
+    block = tl.load(list_at + first * stride_i_n, mask=first < end, other=0)
     for i in range(first * STEPS, end * STEPS):
-        block = tl.load(list_at + i // STEPS * stride_i_n)
         start = block * (STEPS * BLOCK_N) + i % STEPS * BLOCK_N
+        # one ahead, so that no load of this round waits for it
+        block = tl.load(list_at + tl.minimum(i + 1, end * STEPS - 1) // STEPS * stride_i_n)
         key = start + n  # [BLOCK_N]
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         k = load_tile(k_at + start.to(tl.int64) * stride_k_s, key < S, d < D, EVEN, BLOCK_D == D)
@@ -143,9 +145,11 @@ def _key_gradient(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV of some keys what a part of their readers gives."""
+    tile = tl.load(list_at + first, mask=first < end, other=0)
     for i in range(first * STEPS, end * STEPS):
-        tile = tl.load(list_at + i // STEPS)
         start = tile * (STEPS * BLOCK_M) + i % STEPS * BLOCK_M
+        # one ahead, so that no load of this round waits for it
+        tile = tl.load(list_at + tl.minimum(i + 1, end * STEPS - 1) // STEPS)
         token = start + m  # [BLOCK_M]
         live = token < T
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
@@ -247,9 +251,9 @@ def default_tiles(row_size: int, itemsize: int, tile: int, block_size: int) -> t
     if itemsize == 4:
         queries, keys = Tiles(32, 32, 8, 1), Tiles(32 if row_size <= 128 else 16, 32, 8, 1)
     elif row_size <= 128:
-        queries, keys = Tiles(128, 64, 8, 2), Tiles(64 if row_size <= 64 else 32, 128, 8, 2)
+        queries, keys = Tiles(128, 64, 8, 3), Tiles(64 if row_size <= 64 else 32, 128, 8, 3)
     else:
-        queries, keys = Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)
+        queries, keys = Tiles(64, 32, 8, 3), Tiles(16, 64, 8, 3)
     return queries.within(tile, block_size), keys.within(tile, block_size)
 
 

@@ -35,9 +35,11 @@ def _attend(
     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attend with a tile to a part of its list, `BLOCK_N` keys at a time."""
+    block = tl.load(list_at + first * stride_i_n, mask=first < end, other=0)
     for i in range(first * STEPS, end * STEPS):
-        block = tl.load(list_at + i // STEPS * stride_i_n)
         start = block * (STEPS * BLOCK_N) + i % STEPS * BLOCK_N
+        # one ahead, so that no load of this round waits for it
+        block = tl.load(list_at + tl.minimum(i + 1, end * STEPS - 1) // STEPS * stride_i_n)
         key = start + n  # [BLOCK_N]
         # [BLOCK_D, BLOCK_N], [BLOCK_N, BLOCK_DV]
         k = load_tile(k_at + start.to(tl.int64) * stride_k_s, d < D, key < S, BLOCK_D == D, EVEN)
