@@ -180,7 +180,7 @@ def _key_gradient(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "n_blocks"])
+@triton.jit(do_not_specialize=["T"])
 def _block_sparse_key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, readers_ptr, starts_ptr, dk_ptr, dv_ptr,
     operands, places,
@@ -188,8 +188,9 @@ def _block_sparse_key_gradient_kernel(
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
     stride_g_b, stride_g_h, stride_g_t, stride_g_d,
-    stride_r_b, stride_r_h, stride_r_n, stride_s_b, stride_s_h, stride_s_n,
-    unit, factor, T, S, n_blocks,
+    stride_r_b, stride_r_h,                                        # readers [B, H, n]
+    stride_s_b, stride_s_h, stride_s_n,                            # starts [B, H, 2 blocks + 1]
+    unit, factor, T, S,
     LOGIT: tl.constexpr, KEEP: tl.constexpr, QUERY_HEADS: tl.constexpr,
     GROUP: tl.constexpr, LIST_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -310,8 +311,8 @@ def backward(
     n_programs = batch * k.shape[1] * triton.cdiv(n_keys, of_keys.block_n)
     _block_sparse_key_gradient_kernel[(n_programs,)](
         q, k, v, grad_out, lse, delta, tiles_of, starts, dk, dv, pointers, places,
-        *strides, *list_strides(tiles_of), *list_strides(starts),
-        unit, factor, n_tokens, n_keys, n_blocks,
+        *strides, *list_strides(tiles_of)[:2], *list_strides(starts),
+        unit, factor, n_tokens, n_keys,
         made.logit_and_slope, made.keep, *problem.constants, of_keys.block_m, of_keys.block_n,
         num_warps=of_keys.num_warps, num_stages=of_keys.num_stages,
     )  # fmt: skip
