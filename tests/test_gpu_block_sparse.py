@@ -1,5 +1,7 @@
 """Block-sparse attention on a GPU: dtypes and head sizes against the reference, twice the same."""
 
+from collections.abc import Callable
+
 import pytest
 import sympy
 import torch
@@ -7,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile import backend, winners
 from sparse_compile.expressions import s, t
 from sparse_compile.kernels import block_sparse_list_kernel, triton_math
 from sparse_compile.kernels.block_sparse_lists import list_blocks_cpu
@@ -173,6 +176,40 @@ def test_positions_past_32_bits() -> None:
     keys = torch.cat([k[:, :, first * 64 : first * 64 + 64] for first in (0, 69900 // 64)], 2)
     wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), keys.float(), keys.float())
     torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3)  # 10 bits, few sums
+
+
+def test_a_compiled_model_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice: the second time from Inductor's cache of graphs."""
+    monkeypatch.setattr(
+        winners, "kernel_for", lambda case, **_: ("block_sparse_attention", "asked for")
+    )
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance = torch.arange(300, device=q.device)[:, None] - torch.arange(300, device=q.device)
+        scores = 20 * torch.tanh(q @ k.mT * 0.125 / 20)
+        scores = scores.masked_fill((distance < 0) | (distance > 90), -torch.inf)
+        return scores.softmax(-1) @ v
+
+    inputs = [
+        torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    grad = torch.randn_like(inputs[0])
+
+    def step_of(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        out = function(*tensors)
+        return [out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
+
+    truth, eager = step_of(model, in_dtype(inputs, torch.float64)), step_of(model, inputs)
+    for _ in range(2):
+        torch._dynamo.reset()
+        found = step_of(torch.compile(model, backend=backend.sparse_compile), inputs)
+        (site,) = backend.last_report().rewritten
+        assert site.kernel == "block_sparse_attention"
+        for one, right, rough in zip(found, truth, eager, strict=True):
+            errors = [(x.double() - right).square().mean().sqrt() for x in (one, rough)]
+            step = torch.finfo(torch.bfloat16).eps * right.square().mean().sqrt()
+            assert errors[0] <= 2 * errors[1] + step / 2
 
 
 @triton.jit
