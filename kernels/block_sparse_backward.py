@@ -18,7 +18,7 @@ from sparse_compile.kernels.block_sparse_forward import (
     load_tile,
 )
 from sparse_compile.kernels.block_sparse_lists import readers
-from sparse_compile.kernels.selected_backward import DELTA_ROWS, _delta_kernel
+from sparse_compile.kernels.delta import delta
 
 
 @triton.jit
@@ -271,22 +271,17 @@ def backward(
     """
     batch, heads, n_tokens, _ = q.shape
     n_keys = k.shape[2]
-    delta = torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     grads = [torch.zeros(operands[i].shape, device=q.device) for i in wanted]
     if lse.numel() == 0 or n_keys == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), grads, delta.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), grads, torch.zeros_like(lse)
     ask = printed.request(
         program, operands, q, k, wanted=tuple(wanted), approximate=compiled()
     )  # fmt: skip
     made = printed.functions(ask)
     problem = describe(q, k, v, block_indices, tile, block_size)
     padded = problem.constants[-1]
-    _delta_kernel[(triton.cdiv(lse.numel(), DELTA_ROWS),)](
-        out, grad_out, lse if grad_lse is None else grad_lse.contiguous(), delta,
-        *grad_out.stride(), n_tokens, lse.numel(),
-        heads, v.shape[3], grad_lse is not None, padded, DELTA_ROWS,
-    )  # fmt: skip
+    row_delta = delta(out, grad_out, grad_lse)
     full = torch.zeros_like(block_counts) if full_counts is None else full_counts
     of_queries, of_keys = tiles or default_tiles(
         problem.row_size, q.element_size(), tile, block_size
@@ -298,7 +293,7 @@ def backward(
     unit = problem.unit(program)
     grad_places = printed.arguments([torch.empty(x.shape, device="meta") for x in operands])[1]
     _block_sparse_query_gradient_kernel[(batch * heads * triton.cdiv(n_tokens, of_queries.block_m),)](
-        q, k, v, grad_out, lse, delta, block_indices, block_counts, full, dq,
+        q, k, v, grad_out, lse, row_delta, block_indices, block_counts, full, dq,
         pointers, places, tuple(grads), grad_places if grads else (),
         *strides, *list_strides(block_indices), *list_strides(block_counts), *list_strides(full),
         unit, factor, n_tokens, n_keys,
@@ -310,10 +305,10 @@ def backward(
     tiles_of, starts = readers(block_indices, block_counts, full, n_blocks)
     n_programs = batch * k.shape[1] * triton.cdiv(n_keys, of_keys.block_n)
     _block_sparse_key_gradient_kernel[(n_programs,)](
-        q, k, v, grad_out, lse, delta, tiles_of, starts, dk, dv, pointers, places,
+        q, k, v, grad_out, lse, row_delta, tiles_of, starts, dk, dv, pointers, places,
         *strides, *list_strides(tiles_of)[:2], *list_strides(starts),
         unit, factor, n_tokens, n_keys,
         made.logit_and_slope, made.keep, *problem.constants, of_keys.block_m, of_keys.block_n,
         num_warps=of_keys.num_warps, num_stages=of_keys.num_stages,
     )  # fmt: skip
-    return dq, dk, dv, grads, delta
+    return dq, dk, dv, grads, row_delta

@@ -125,7 +125,7 @@ def _gradient_kernel(
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(k.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))  # [BLOCK_M, BLOCK_D]
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
         place = widened(code - chunk_start * K, WIDE) * GROUP + head
         tl.store(
             part_base + (place[:, None] * D + d[None, :]), dq.to(part_ptr.dtype.element_ty),
