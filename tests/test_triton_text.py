@@ -15,6 +15,7 @@ from sparse_compile.evaluation import evaluate
 from sparse_compile.expressions import INDICES, Load, Where, b, h, s, t, x
 from sparse_compile.ir import ScoreProgram
 from sparse_compile.kernels import triton_functions as printed
+from sparse_compile.kernels import triton_math
 from sparse_compile.kernels.triton_text import Body, unprintable
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
@@ -162,6 +163,26 @@ def test_logits_and_slopes(name: str) -> None:
     close = {"rtol": 2e-6, "atol": 2e-5}
     torch.testing.assert_close(out[0].double(), truth.detach() * printed.LOG2_E, **close)
     torch.testing.assert_close(out[1].double(), slope.double() * 0.7, **close)
+
+
+@triton.jit
+def _apply_kernel(x_ptr, out_ptr, FUNCTION: tl.constexpr, N: tl.constexpr):
+    """N values of a function."""
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, FUNCTION(tl.load(x_ptr + i)))
+
+
+@pytest.mark.parametrize("name", ["accurate", "fast"])
+def test_tanh_is_as_close_as_said(name: str) -> None:
+    values = torch.cat([torch.linspace(-12, 12, 2**12), torch.logspace(-6, 1, 2**12)])
+    out = torch.empty_like(values)
+    _apply_kernel[(1,)](values, out, getattr(triton_math, f"tanh_{name}"), 2**13)
+    truth = values.double().tanh()
+    error = (out.double() - truth).abs()
+    if name == "accurate":
+        assert (error / truth.abs()).max() <= 4 * torch.finfo(torch.float32).eps
+    else:
+        assert error.max() <= 3e-7
 
 
 def test_one_function_for_one_program() -> None:
