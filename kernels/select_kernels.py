@@ -165,8 +165,6 @@ def _select_kernel(
     token = tl.minimum(token, T - 1)  # the rest of the tile does as the last token does
     d = tl.arange(0, BLOCK_D)
     first = tl.load(first_ptr + token)
-    end = tl.load(end_ptr + token)
-    own = tl.load(own_ptr + token)
 
     # columns: a run, then the KV block; a thread has two neighbouring columns of every eight
     PER_LANE: tl.constexpr = 1 << LOG_LANE
@@ -184,14 +182,17 @@ def _select_kernel(
     best = tl.full([BLOCK_M, LISTS, 1 << LOG_K], NO_KEY, tl.int64)  # descending
     begin = tl.min(first, 0)
     while begin < FAR:  # once for each packed sequence among the tokens
-        mine = first == begin
-        last = tl.max(tl.where(mine, own, -1), 0)
-        stop = tl.max(tl.where(mine, end, 0), 0)
+        # tokens of other sequences have no KV block in this one and see nothing of it
+        own = tl.where(first == begin, tl.load(own_ptr + token), -1)
+        end = tl.where(first == begin, tl.load(end_ptr + token), begin)
+        last = tl.max(own, 0)
+        stop = tl.max(end, 0)
         # KV blocks below are for all to choose, and nothing of them is hidden
-        plain = tl.minimum(own - LOCAL + 1, (end - begin) // OWN_RUNS)
-        plain = tl.min(tl.where(mine, plain, 0), 0)
+        plain = tl.min(tl.minimum(own - LOCAL + 1, (end - begin) // OWN_RUNS), 0)
+        following = tl.min(tl.where(first > begin, first, FAR), 0)
         carry = (tl.zeros([BLOCK_M, LANES], tl.int64),) * LEVELS
-        for start in range(0, last + 1, BLOCK_K):
+        # more than a head's scores leave no registers for what could be computed before the loop
+        for start in tl.range(0, last + 1, BLOCK_K, disable_licm=GROUP > 1):
             is_plain = (start >= SINKS) & (start + BLOCK_K <= plain)
             pooled = ()
             for run in tl.static_range(0, OWN_RUNS, BLOCK_R):
@@ -211,8 +212,7 @@ def _select_kernel(
                     weight = tl.exp2(s * scale_2 - lse_2[:, None])
                     weights = weight if GROUP == 1 else weights + weight
                 if not is_plain:
-                    seen = mine[:, None] & (number[None, :] < end[:, None])
-                    weights = tl.where(seen, weights, 0.0)
+                    weights = tl.where(number[None, :] < end[:, None], weights, 0.0)
                 weights = tl.reshape(weights, [BLOCK_M, BLOCK_R, PER_LANE // 2, LANES, 2])
                 weights = tl.permute(weights, [0, 1, 3, 2, 4])
                 weights = tl.reshape(weights, [BLOCK_M, BLOCK_R, LANES, PER_LANE])
@@ -237,14 +237,14 @@ def _select_kernel(
             if not is_plain:
                 forced = (block < SINKS) | (block > own[:, None] - LOCAL)
                 score = tl.where(forced, float("inf"), score)
-                score = tl.where(mine[:, None] & (block <= own[:, None]), score, -1.0)
+                score = tl.where(block <= own[:, None], score, -1.0)
             # scores are not negative, so their bits order as they do; then the first block wins
             low = (block ^ FAR).to(tl.uint32).to(tl.int64)
             key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
             key = tl.reshape(key, [BLOCK_M, LISTS, BLOCK_K // LISTS])
             best = _larger(_best_up(key, LOG_N, LOG_K, AS_FLOAT64), best, AS_FLOAT64)
             best = _merge(best, LOG_K, 1, 1 << LOG_K, AS_FLOAT64)
-        begin = tl.min(tl.where(first > begin, first, FAR), 0)
+        begin = following
     turned = best
     for i in tl.static_range(LOG_K):
         turned = _swapped(turned, 1 << i)
