@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.delta import delta
+from sparse_compile.kernels.tuning import Tuned
 
 
 class Tiles(NamedTuple):
@@ -45,6 +46,9 @@ def key_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     return Tiles(32, 64, 4, 1) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
 
 
+FORWARD = Tuned[Tiles]("range_forward")
+QUERY_GRADIENT = Tuned[Tiles]("range_query_gradient")
+KEY_GRADIENT = Tuned[Tiles]("range_key_gradient")
 PROGRAMS = 4096  # of the gradients of keys and values, if there are fewer tiles of keys
 SHORTEST = 8  # tiles of queries that make a program worthwhile
 
@@ -291,7 +295,9 @@ def forward(
     (batch, heads, n_tokens, head_dim), value_dim = q.shape, v.shape[3]
     out = q.new_empty((batch, heads, n_tokens, value_dim))
     lse = q.new_empty((batch, heads, n_tokens), dtype=torch.float32)
-    tiles = forward_tiles(head_dim, value_dim, q.element_size())
+    default = forward_tiles(head_dim, value_dim, q.element_size())
+    facts = {"head_dim": head_dim, "value_dim": value_dim, "n_tokens": n_tokens}
+    tiles = FORWARD.choose(default, q, **facts)
     _range_forward_kernel[(batch * heads * triton.cdiv(n_tokens, tiles.block_m),)](
         q, k, v, first, end, out, lse, *q.stride(), *k.stride(), *v.stride(),
         scale, n_tokens, *_problem(q, k, v, heads), tiles.block_m, tiles.block_n,
@@ -310,13 +316,14 @@ def backward(
     sizes = (head_dim, v.shape[3], q.element_size())
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
     dq = q.new_empty(q.shape)
-    tiles = query_gradient_tiles(*sizes)
+    facts = {"head_dim": head_dim, "value_dim": v.shape[3], "n_tokens": n_tokens}
+    tiles = QUERY_GRADIENT.choose(query_gradient_tiles(*sizes), q, **facts)
     _range_query_gradient_kernel[(batch * heads * triton.cdiv(n_tokens, tiles.block_m),)](
         q, k, v, grad_out, lse, row_delta, first, end, dq, *strides, scale, n_tokens,
         *_problem(q, k, v, heads), tiles.block_m, tiles.block_n,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    tiles = key_gradient_tiles(*sizes)
+    tiles = KEY_GRADIENT.choose(key_gradient_tiles(*sizes), q, **facts)
     kv_heads, n_keys = k.shape[1], k.shape[2]
     # both ends of the ranges ascend, so the readers of a tile of keys are a range of tokens
     edges = torch.arange(0, n_keys, tiles.block_n, device=q.device, dtype=torch.int32)

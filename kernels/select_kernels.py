@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.tuning import Tuned
+
 LANES = tl.constexpr(4)  # threads that hold a row of a product
 NO_KEY = tl.constexpr(-(2**63))  # below all others
 NO_KEY_64 = tl.constexpr(-(2**52))  # the same compared as float64: minus infinity
@@ -31,6 +33,9 @@ class Tiles(NamedTuple):
     as_float64: bool  # compare keys as float64: one instruction, of a unit of its own
     num_warps: int
     num_stages: int
+
+
+SELECT = Tuned["Tiles"]("select_top_k")
 
 
 def default_tiles(k: int, own_runs: int, dtype: torch.dtype) -> Tiles:
@@ -282,7 +287,9 @@ def select(
         scale: Multiplies the scores.
         tiles: How the work is cut.
     """
-    tiles = tiles or default_tiles(k, own_runs, q.dtype)
+    if tiles is None:
+        default = default_tiles(k, own_runs, q.dtype)
+        tiles = SELECT.choose(default, q, head_dim=q.shape[3], k=k, own_runs=own_runs)
     batch, heads, n_tokens, head_dim = *k_cmp.shape[:2], *q.shape[2:]
     out = torch.empty((batch, heads, n_tokens, k), dtype=torch.int32, device=q.device)
     rows = batch * heads

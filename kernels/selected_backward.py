@@ -28,9 +28,13 @@ from sparse_compile.kernels.selected_lists import (
     span,
     widened,
 )
+from sparse_compile.kernels.tuning import Tuned
 
 SUMMED_ROWS = 8  # of a program
 SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
+
+
+BACKWARD = Tuned["Tiles"]("selected_backward")
 
 
 class Tiles(NamedTuple):
@@ -189,7 +193,11 @@ def backward(
     batch, query_heads, n_tokens, head_dim = q.shape
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
-    tiles = default_tiles(head_dim, value_dim, group, q.element_size())
+    default = default_tiles(head_dim, value_dim, group, q.element_size())
+    tiles = BACKWARD.choose(
+        default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
+        n_tokens=n_tokens,
+    )  # fmt: skip
     bytes_ = head_dim * q.element_size()
     chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES)
     lists = build_lists(

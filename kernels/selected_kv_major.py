@@ -31,6 +31,7 @@ from sparse_compile.kernels.selected_lists import (
     span,
     widened,
 )
+from sparse_compile.kernels.tuning import Tuned
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -325,6 +326,9 @@ SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too
 LOCAL_TOKENS = 64  # of a program
 
 
+KV_MAJOR = Tuned["Tiles"]("selected_kv_major")
+
+
 class Tiles(NamedTuple):
     """What can be tuned."""
 
@@ -358,7 +362,11 @@ def forward(
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
     local = causal and n_keys >= n_tokens
     if local:
-        tiles = default_tiles(head_dim, value_dim, group, q.element_size())
+        default = default_tiles(head_dim, value_dim, group, q.element_size())
+        tiles = KV_MAJOR.choose(
+            default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
+            n_tokens=n_tokens,
+        )  # fmt: skip
         n_tiles = triton.cdiv(n_tokens + (place.shift % LOCAL_TOKENS), LOCAL_TOKENS)
         _local_kernel[(batch * query_heads * n_tiles,)](
             q, k, v, block_indices, place.rows, out, lse,
@@ -399,7 +407,11 @@ def attend(
     batch, query_heads, n_tokens, head_dim = q.shape
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
-    tiles = default_tiles(head_dim, value_dim, group, q.element_size())
+    default = default_tiles(head_dim, value_dim, group, q.element_size())
+    tiles = KV_MAJOR.choose(
+        default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
+        n_tokens=n_tokens,
+    )  # fmt: skip
     bytes_ = value_dim * q.element_size() + 4
     chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES // 2)
     lists = build_lists(

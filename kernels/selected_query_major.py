@@ -21,7 +21,9 @@ from torch import Tensor
 
 from sparse_compile.kernels.selected_kv_major import n_multiprocessors
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
+from sparse_compile.kernels.tuning import Tuned
 
+QUERY_MAJOR = Tuned["Tiles"]("selected_query_major")
 MERGED_NUMBERS = 2**12  # of partial results that a program holds
 
 
@@ -187,7 +189,10 @@ def forward(
     heads, value_dim, n_slots = k.shape[1], v.shape[3], block_indices.shape[3]
     group = query_heads // heads
     if tiles is None:
-        tiles = default_tiles(head_dim, value_dim, group, block_size, q.element_size())
+        default = default_tiles(head_dim, value_dim, group, block_size, q.element_size())
+        tiles = QUERY_MAJOR.choose(
+            default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group
+        )
     out = q.new_empty((batch, query_heads, n_tokens, value_dim))
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
     n_programs = batch * heads * n_tokens * triton.cdiv(group, tiles.block_g)

@@ -21,8 +21,12 @@ from torch import Tensor
 
 from sparse_compile.kernels import selected_kv_major
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
+from sparse_compile.kernels.tuning import Tuned
 
 PROGRAMS_PER_SM = 8  # that list unions
+
+
+TILE_UNION = Tuned["Tiles"]("selected_tile_union")
 
 
 class Tiles(NamedTuple):
@@ -263,7 +267,10 @@ def forward(
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group = query_heads // heads
     if tiles is None:
-        tiles = default_tiles(head_dim, value_dim, group, block_size, q.element_size())
+        default = default_tiles(head_dim, value_dim, group, block_size, q.element_size())
+        tiles = TILE_UNION.choose(
+            default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group
+        )
     unions = build_unions(
         block_indices, place, n_keys, block_size=block_size, causal=causal,
         block_t=tiles.block_t, shared=tiles.shared,

@@ -38,14 +38,26 @@ def read_toml(path: Path) -> dict[str, Any]:
             "  Expected a TOML file, which is always UTF-8.\n"
             "  Save the file again as UTF-8."
         ) from error
+    return _options_table(path, parse_toml(text, str(path)))
+
+
+def parse_toml(text: str, origin: str) -> dict[str, Any]:
+    """A TOML document.
+
+    Args:
+        text: The document.
+        origin: The name of its file, for messages.
+
+    Raises:
+        ConfigError: It is no TOML; the message has the line.
+    """
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax_message(path, text, str(error))) from error
-    return _options_table(path, document)
+        raise ConfigError(_syntax_message(origin, text, str(error))) from error
 
 
-def _syntax_message(path: Path, text: str, problem: str) -> str:
+def _syntax_message(path: str, text: str, problem: str) -> str:
     lines = text.splitlines()
     found = re.search(r"line (\d+)", problem)
     number = int(found.group(1)) if found else len(lines)  # else "at end of document"

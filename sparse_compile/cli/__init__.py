@@ -26,6 +26,10 @@ COMMANDS = {  # name -> where it lives, what it does
         "sparse_compile.cli.inspect:inspect",
         "Show every attention found in a model, its proof, its plan and the reason.",
     ),
+    "tune": (
+        "sparse_compile.cli.tune:tune",
+        "Find the best tiles of every kernel on this machine.",
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""Autotuning: `sparse-compile tune` finds the best tiles of every kernel on this machine."""
