@@ -280,7 +280,6 @@ def backward(
     )  # fmt: skip
     made = printed.functions(ask)
     problem = describe(q, k, v, block_indices, tile, block_size)
-    padded = problem.constants[-1]
     row_delta = delta(out, grad_out, grad_lse)
     full = torch.zeros_like(block_counts) if full_counts is None else full_counts
     of_queries, of_keys = tiles or default_tiles(

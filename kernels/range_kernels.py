@@ -24,26 +24,32 @@ class Tiles(NamedTuple):
 
 def forward_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     """Tiles of the forward that run everywhere."""
+    if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
+        return Tiles(32, 32, 8, 1)
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
     if row_bytes <= 256:
         return Tiles(64, 64, 4, 3)
-    return Tiles(64, 64, 4, 2) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
+    return Tiles(64, 64, 4, 2)
 
 
 def query_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     """Tiles of the gradient of queries that run everywhere."""
+    if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
+        return Tiles(32, 32, 8, 1)
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
     if row_bytes <= 256:
         return Tiles(64, 64, 4, 2)
-    return Tiles(64, 32, 4, 1) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
+    return Tiles(64, 32, 4, 1)
 
 
 def key_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     """Tiles of the gradients of keys and values that run everywhere."""
+    if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
+        return Tiles(32, 32, 8, 1)
     row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
     if row_bytes <= 256:
         return Tiles(32, 64, 4, 2)
-    return Tiles(32, 64, 4, 1) if row_bytes <= 512 else Tiles(32, 32, 4, 1)
+    return Tiles(32, 64, 8, 1)
 
 
 FORWARD = Tuned[Tiles]("range_forward")

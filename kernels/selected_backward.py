@@ -48,9 +48,10 @@ class Tiles(NamedTuple):
 
 def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> Tiles:
     """Tiles that run everywhere."""
-    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
-    block_m = 32 if row_bytes <= 512 else 16
-    return Tiles(block_m, max(1, 32 * block_m // group), 4, 1)
+    if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
+        return Tiles(16, max(1, 512 // group), 8, 1)
+    warps = 4 if max(head_dim, value_dim) <= 128 else 8
+    return Tiles(32, max(1, 1024 // group), warps, 1)
 
 
 @triton.jit(do_not_specialize=["T", "S", "n_blocks", "first_chunk", "end_chunk", "chunk_size"])

@@ -342,12 +342,11 @@ class Tiles(NamedTuple):
 
 def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> Tiles:
     """Tiles that run everywhere; small ones, so that many programs fit."""
-    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
-    block_m = 64 if row_bytes <= 512 else 32
-    is_small = row_bytes <= 256 and itemsize == 2
-    return Tiles(
-        block_m, max(1, 8 * block_m // group), 4, 8, *((128, 168) if is_small else (None, None))
-    )
+    if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
+        return Tiles(32, max(1, 256 // group), 8, 8, None, None)
+    largest = max(head_dim, value_dim)
+    registers = (128, 168) if largest <= 128 else (None, None)
+    return Tiles(64, max(1, 512 // group), 4 if largest <= 192 else 8, 8, *registers)
 
 
 def forward(
@@ -367,14 +366,16 @@ def forward(
             default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
             n_tokens=n_tokens,
         )  # fmt: skip
-        n_tiles = triton.cdiv(n_tokens + (place.shift % LOCAL_TOKENS), LOCAL_TOKENS)
+        some = LOCAL_TOKENS if q.element_size() == 2 else 16  # more would spill
+        n_tiles = triton.cdiv(n_tokens + (place.shift % some), some)
         _local_kernel[(batch * query_heads * n_tiles,)](
             q, k, v, block_indices, place.rows, out, lse,
             *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
             scale, n_tokens, n_keys,
             heads, group, n_slots, head_dim, value_dim, block_size, place.packed, _precision(q),
             triton.next_power_of_2(n_slots), _padded(head_dim), _padded(value_dim),
-            LOCAL_TOKENS, min(64, block_size), num_stages=1, maxnreg=tiles.local_registers,
+            some, min(64, block_size),
+            num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.local_registers,
         )  # fmt: skip
     attend(
         q, k, v, block_indices, place, out, lse,

@@ -42,7 +42,7 @@ def default_tiles(
 ) -> Tiles:
     """Tiles that run everywhere: a step's keys and values take up to 32 KiB of shared memory."""
     row_bytes = (_padded(head_dim) + _padded(value_dim)) * itemsize
-    fits = 1 << (2**15 // row_bytes).bit_length() - 1
+    fits = 1 << (2**15 // row_bytes).bit_length() - 1  # a power of two
     block_n = max(16, min(block_size, 64, fits))
     block_g = min(64 if itemsize == 2 else 16, triton.next_power_of_2(group))
     return Tiles(block_n, max(8, block_g), 4, 4, 3)
