@@ -60,9 +60,10 @@ def selected_attention_ref(
 
 
 def _forward_cpu(q, k, v, block_indices, block_size, scale, causal, cu_seqlens, loop_order):
-    return selected_cpu.forward(
-        q, k, v, block_indices, cu_seqlens, block_size=block_size, scale=scale, causal=causal
-    )
+    with torch.autocast("cpu", enabled=False):  # it would multiply in 16 bits
+        return selected_cpu.forward(
+            q, k, v, block_indices, cu_seqlens, block_size=block_size, scale=scale, causal=causal
+        )
 
 
 def _backward_cpu(
