@@ -31,7 +31,10 @@ def _one_head(pattern: str, tokens: int, slots: int, block_size: int, device: st
     order = torch.rand(tokens, n_blocks, device=device)
     if pattern == "clustered":
         shared = torch.rand(-(-tokens // NEIGHBOURS), n_blocks, device=device)
-        # a neighbourhood agrees on its best KV blocks, which are most of everybody's
+        # a neighbourhood agrees on its best KV blocks, which are most of everybody's; all of its
+        # tokens can read them, and none must read them anyhow
+        first_own = own[::NEIGHBOURS]
+        shared = shared.masked_fill((block == 0) | (block >= first_own - 1), 2.0)
         n_shared = 3 * (slots - 3) // 4
         best = shared.argsort(-1).argsort(-1) < n_shared
         order = order + best.repeat_interleave(NEIGHBOURS, 0)[:tokens]

@@ -21,6 +21,8 @@ LANES = tl.constexpr(4)  # threads that hold a row of a product
 NO_KEY = tl.constexpr(-(2**63))  # below all others
 NO_KEY_64 = tl.constexpr(-(2**52))  # the same compared as float64: minus infinity
 FAR = tl.constexpr(2**31 - 1)
+# capabilities of the devices with half as many units for float64 as for float32
+FAST_FLOAT64 = {(8, 0), (9, 0), (10, 0)}
 
 
 class Tiles(NamedTuple):
@@ -38,18 +40,32 @@ class Tiles(NamedTuple):
 SELECT = Tuned["Tiles"]("select_top_k")
 
 
-def default_tiles(k: int, own_runs: int, dtype: torch.dtype) -> Tiles:
-    """Tiles whose scores and lists fit into registers.
+def default_tiles(
+    *, k: int, own_runs: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tiles:
+    """Tiles whose scores and lists fit into the registers of two programs on an H100.
 
     Args:
         k: How many KV blocks are chosen.
         own_runs: Runs of tokens in a KV block.
-        dtype: Of the queries.
+        head_dim: D.
+        dtype: Of queries and keys.
+        device: Where it is to run.
     """
-    columns = 64 if dtype == torch.float32 else 128
+    is_wide = dtype == torch.float32  # a product of these is three, their halves are kept too
+    columns = 128 if own_runs >= 4 and k <= 32 and head_dim <= 128 else 64
+    columns = 32 if is_wide else columns
     block_k = max(8, columns // own_runs)
-    lists = 4 if k <= 16 else 2 if k <= 32 else 1
-    return Tiles(64, block_k, min(own_runs, columns // block_k), lists, True, 4, 2)
+    return Tiles(
+        block_m=64,
+        block_k=block_k,
+        runs=min(own_runs, columns // block_k),
+        lists=4 if k <= 16 else 2 if k <= 32 else 1,
+        as_float64=device.type != "cuda"
+        or torch.cuda.get_device_capability(device) in FAST_FLOAT64,
+        num_warps=4,
+        num_stages=1 if is_wide else 2,
+    )
 
 
 @triton.jit
@@ -287,10 +303,12 @@ def select(
         scale: Multiplies the scores.
         tiles: How the work is cut.
     """
-    if tiles is None:
-        default = default_tiles(k, own_runs, q.dtype)
-        tiles = SELECT.choose(default, q, head_dim=q.shape[3], k=k, own_runs=own_runs)
     batch, heads, n_tokens, head_dim = *k_cmp.shape[:2], *q.shape[2:]
+    if tiles is None:
+        default = default_tiles(
+            k=k, own_runs=own_runs, head_dim=head_dim, dtype=q.dtype, device=q.device
+        )
+        tiles = SELECT.choose(default, q, head_dim=head_dim, k=k, own_runs=own_runs)
     out = torch.empty((batch, heads, n_tokens, k), dtype=torch.int32, device=q.device)
     rows = batch * heads
     log_k = (k - 1).bit_length()
@@ -298,7 +316,7 @@ def select(
         q, k_cmp, lse, first.int(), end.int(), own.int(), out,
         *q.stride(), *k_cmp.stride(), *lse.stride(), scale, n_tokens, rows, q.shape[1] // heads,
         heads, q.shape[1] // heads, head_dim, k, runs, own_runs, sinks, local,
-        "ieee" if q.dtype == torch.float32 else "tf32",
+        "tf32x3" if q.dtype == torch.float32 else "tf32",
         max(16, triton.next_power_of_2(head_dim)), log_k,
         (tiles.block_k // tiles.lists).bit_length() - 1,
         (tiles.block_k // LANES.value).bit_length() - 1, tiles.lists.bit_length() - 1,

@@ -160,6 +160,58 @@ def test_the_best_blocks_are_chosen(name: str, choice: str, way: str) -> None:
     assert wrong_order(scores, chosen, own, options["sinks"], options["local"]).max() < 1e-5
 
 
+POOLINGS = {"mean": (64, 64, 64), "shorter-than-compressed": (16, 64, 16), "few-runs": (32, 32, 16)}
+
+
+@interpreted
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_any_compression_is_pooled(pooling: str) -> None:
+    block_size, block, stride = POOLINGS[pooling]
+    q, k_cmp = torch.randn(1, 3, 400, 16), torch.randn(1, 1, (400 - block) // stride + 1, 16)
+    _, lse = ops.compressed_attention(q, k_cmp, k_cmp, block=block, stride=stride)
+    sizes = (3, block_size, block, stride, 0, 1)
+    chosen = select_top_k.launch(q, k_cmp, lse, *sizes, 0.25, 400, None)
+    exact = in_dtype([q, k_cmp, lse], torch.float64)
+    scores = select_top_k.block_scores(*exact, *sizes[1:4], 0.25, 400)
+    own = torch.arange(400) // block_size
+    assert torch.equal((chosen[0, 0] >= 0).sum(-1), (own + 1).clamp(max=3))
+    assert wrong_order(scores, chosen, own, 0, 1).max() < 1e-5
+
+
+@interpreted
+def test_equal_scores_go_to_the_first_kv_blocks() -> None:
+    q, k_cmp = torch.zeros(1, 2, 330, 16), torch.randn(1, 1, 19, 16)
+    _, lse = ops.compressed_attention(q, k_cmp, k_cmp)
+    arguments = (q, k_cmp, lse, 3, 32, 32, 16, 0, 1, 0.25, 330)
+    assert torch.equal(
+        select_top_k.launch(*arguments, None), select_top_k.select_top_k_ref(*arguments)
+    )
+
+
+TILES = {
+    "few-tokens": (16, 16, 2, 2, False, 4, 2),
+    "a-run-at-a-time": (32, 8, 1, 4, True, 4, 1),
+    "one-list": (64, 64, 4, 1, False, 8, 2),
+    "more-candidates-than-kept": (32, 64, 4, 4, False, 4, 2),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_do_not_change_the_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_compile.kernels import select_kernels
+
+    (q, k_cmp, v_cmp), _, scale = made("packed", "compressed")
+    packed = bounds(SIZES["packed"][2])
+    _, lse = ops.compressed_attention(q, k_cmp, v_cmp, n_keys=170, cu_seqlens=packed)
+    with torch.no_grad():
+        arguments = (q, k_cmp, lse, 5, 64, 32, 16, 1, 2, scale, 170, packed)
+        wanted = select_top_k.launch(*arguments)
+        tiles = select_kernels.Tiles(*TILES[name])
+        monkeypatch.setattr(select_kernels, "default_tiles", lambda **_: tiles)
+        assert torch.equal(select_top_k.launch(*arguments), wanted)
+
+
 def test_native_sparse_attention_is_the_sum_of_its_branches() -> None:
     q, k, v = (
         random_heads(1, h, 150, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)
