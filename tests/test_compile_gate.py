@@ -1,0 +1,85 @@
+"""Every tuned kernel compiles for an H100 where there is none, and fits into its memories.
+
+Compiled in a process of its own, since this one interprets kernels. What compiles here was seen to
+run on the GPU; what does not compile, or spills, needs no GPU to be found.
+"""
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from sparse_compile.kernels import compile_only, tuning_tables
+from sparse_compile.tuner.precompile import Compiled, Precompiler
+from sparse_compile.tuner.workloads import WORKLOADS
+from tests.compile_cases import defaults, shipped
+
+DEFAULTS, SHIPPED = dict(defaults()), dict(shipped())
+SHARED_BYTES = 227 * 1024  # what a program may have on an H100
+# Bytes of stack of a thread. Some are taken by the compiler for indices; more are registers that
+# were spilled, and each costs a trip through the L1 cache in every turn of the inner loop.
+STACK_BYTES = 128
+MORE_STACK = {  # what was seen and is accepted, with room for another compiler
+    # tiles of 256 numbers a row
+    "range_key_gradient-D256-G4-block128": 512,
+    "range_query_gradient-D256-G4-block128": 512,  # launches the same
+    "select_top_k-D256-G4-block128": 512,
+    # sorted lists and products without matrix units, all in registers
+    "select_top_k-D64-fp32": 2048,
+    "selected_backward-D192-128-G1": 256,
+    # 128 keys and values of 256 numbers and their gradients: nothing smaller fits
+    "selected_backward-D256-G4-block128": 1280,
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Precompiler]:
+    with Precompiler(compile_only.SM90, workers=2) as started:
+        started.submit(DEFAULTS.values())
+        started.submit(SHIPPED.values())
+        yield started
+
+
+@pytest.mark.parametrize("name", [*DEFAULTS, *(f"shipped-{name}" for name in SHIPPED)])
+def test_compiles_for_sm90(compiler: Precompiler, name: str) -> None:
+    task = DEFAULTS[name] if name in DEFAULTS else SHIPPED[name.removeprefix("shipped-")]
+    compiled = compiler.result(task)
+    assert not compiled.error
+    assert compiled.needs
+    for needs in compiled.needs:
+        assert needs.shared_bytes <= SHARED_BYTES, needs
+        assert needs.stack_bytes <= MORE_STACK.get(name, STACK_BYTES), needs
+
+
+def test_what_cannot_run_is_found(compiler: Precompiler) -> None:
+    task = DEFAULTS["range_forward-D128-G4"]
+
+    def with_values(**values: int) -> Compiled:
+        return compiler.result(task._replace(values=tuple(sorted(values.items()))))
+
+    too_large = with_values(block_m=256, block_n=256, num_warps=8, num_stages=5)
+    assert "shared memory" in too_large.error
+    spilled = with_values(block_m=128, block_n=64, num_warps=1, num_stages=1)
+    assert spilled.stack_bytes > STACK_BYTES
+
+
+def test_every_table_has_a_workload_and_the_other_way_round() -> None:
+    assert sorted(WORKLOADS) == tuning_tables.names()
+
+
+# chunks are constants of the first two, and not tuned; a single split is one of the last
+CUT_BY_SIZE = {"_rank_kernel", "_fill_kernel", "_range_key_gradient_kernel"}
+
+
+def test_the_small_problem_has_the_code_of_the_large_one() -> None:
+    """What is compiled ahead must be what the full size asks for, not a variant of it."""
+    with Precompiler(workers=1) as compiler:
+        for kernel in WORKLOADS:
+            task = DEFAULTS[f"{kernel}-D64-G16"]
+            assert compiler.result(task).needs, kernel
+            larger = task._replace(
+                shape=msgspec.structs.replace(task.shape, tokens=2048, keys=2048)
+            )
+            again = compiler.result(larger)
+            assert not again.error
+            assert set(again.new) <= CUT_BY_SIZE, kernel  # all was there
