@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile import backend, pipeline, planner, winners
+from sparse_compile import backend, pipeline, planner, policies, winners
 from sparse_compile.config import Config
 from sparse_compile.expressions import Load, h, s, t, x
 from sparse_compile.ir import KernelPlan, ScoreProgram
@@ -37,7 +37,7 @@ def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(*args: object, **kwargs: object) -> KernelPlan:
         return KernelPlan(kernel="block_sparse_attention", why="asked for")
 
-    monkeypatch.setattr(pipeline, "plan", plan)
+    monkeypatch.setattr(policies, "plan", plan)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, fill: float = -torch.inf) -> Tensor:
