@@ -182,7 +182,7 @@ def broken_pass(*args: Any, **kwargs: Any) -> Any:
     raise ZeroDivisionError("a pass that fails")
 
 
-@pytest.mark.parametrize("stage", ["build_shadow", "find_candidates", "plan", "rewrite"])
+@pytest.mark.parametrize("stage", ["build_shadow", "find_candidates", "plan_site", "rewrite"])
 def test_a_pass_that_fails_leaves_the_model_working(
     stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
