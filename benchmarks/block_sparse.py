@@ -463,19 +463,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 1
     where = common.environment(setting.device)
-    records: list[common.Record] = []
-    for record in run(chosen.cases, chosen.lengths, sizes, setting):
-        records.append(record | where)
-        times = [record.get(f"{way}_median_ms") for way in ("forward", "backward")]
-        print(f"{record['tokens']} {record['case']} {record['kernel']}: {record['status']} {times}",
-              file=sys.stderr)  # fmt: skip
-        # after each measurement: a run that is cut off keeps what it has
-        common.write_json(NAME, records, chosen.output)
+    records = common.record_all(
+        NAME, run(chosen.cases, chosen.lengths, sizes, setting), where, chosen.output,
+        lambda record: f"{record['tokens']} {record['case']} {record['kernel']}: "
+        f"{record['status']} "
+        f"{[record.get(f'{way}_median_ms') for way in ('forward', 'backward')]}",
+    )  # fmt: skip
     show(records)
     if chosen.write_table:
         path = common.ROOT / "sparse_compile" / winners.FILE
         winners.write(table_of(records, str(where["device"])), path)
-    return 1 if any(record["status"] == "wrong" for record in records) else 0
+    return common.exit_code(records)
 
 
 if __name__ == "__main__":

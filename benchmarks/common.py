@@ -182,6 +182,32 @@ def total_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def record_all(
+    name: str, found: Iterable[Record], where: Record, output: Path | None,
+    say: Callable[[Record], str],
+) -> list[Record]:  # fmt: skip
+    """Write measurements as they come; a run that is cut off keeps what it has.
+
+    Args:
+        name: The file's name in `benchmarks/results`.
+        found: The measurements.
+        where: Where they were made; it goes into each record.
+        output: A file to write instead.
+        say: A line about a measurement, for stderr.
+    """
+    records: list[Record] = []
+    for record in found:
+        records.append({**record, **where})
+        print(say(record), file=sys.stderr)
+        write_json(name, records, output)
+    return records
+
+
+def exit_code(records: Iterable[Record]) -> int:
+    """1 if a measured result was wrong, else 0."""
+    return 1 if any(record["status"] == "wrong" for record in records) else 0
+
+
 def write_json(name: str, data: object, output: Path | None = None) -> list[Path]:
     """Write `data` as `name`, also to the folder that `$OUT` names where that is set.
 

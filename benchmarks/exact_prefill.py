@@ -337,19 +337,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "causal": lambda: causal_section(sizes, chosen.lengths, setting),
         "masks": lambda: mask_section(mask_sizes, chosen.mask_lengths, chosen.width, setting),
     }
-    records: list[common.Record] = []
-    for name in chosen.sections:
-        for record in sections[name]():
-            records.append({**record, **where})
-            print(
-                f"{record['mask']} {record['tokens']} {record['variant']}: {record['status']} "
-                f"{record.get('median_ms', '')}",
-                file=sys.stderr,
-            )
-            # after each measurement: a run that is cut off keeps what it has
-            common.write_json(NAME, records, chosen.output)
+    found = (record for name in chosen.sections for record in sections[name]())
+    records = common.record_all(
+        NAME, found, where, chosen.output,
+        lambda record: f"{record['mask']} {record['tokens']} {record['variant']}: "
+        f"{record['status']} {record.get('median_ms', '')}",
+    )  # fmt: skip
     show(records)
-    return 1 if any(record["status"] == "wrong" for record in records) else 0
+    return common.exit_code(records)
 
 
 if __name__ == "__main__":

@@ -274,18 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     where = common.environment(setting.device)
-    records: list[common.Record] = []
-    for record in run(sizes, chosen.lengths, chosen.steps, setting):
-        records.append({**record, **where})
-        print(
-            f"{record['step']} {record['tokens']} {record['variant']}: {record['status']} "
-            f"{record.get('median_ms', '')}",
-            file=sys.stderr,
-        )
-        # after each measurement: a run that is cut off keeps what it has
-        common.write_json(NAME, records, chosen.output)
+    records = common.record_all(
+        NAME, run(sizes, chosen.lengths, chosen.steps, setting), where, chosen.output,
+        lambda record: f"{record['step']} {record['tokens']} {record['variant']}: "
+        f"{record['status']} {record.get('median_ms', '')}",
+    )  # fmt: skip
     show(records)
-    return 1 if any(record["status"] == "wrong" for record in records) else 0
+    return common.exit_code(records)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,28 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def measure_texts(
+    model: torch.nn.Module,
+    every: dict[str, torch.Tensor],
+    chosen: argparse.Namespace,
+    setting: Setting,
+) -> Iterator[common.Record]:
+    """The measurements of every text and length; texts that are too short are left out."""
+    for name in chosen.texts or every:
+        for n_tokens in chosen.lengths:
+            ids = every[name][:n_tokens].to(setting.device)
+            if len(ids) < n_tokens:
+                print(f"{name} has {len(ids)} tokens only: not run at {n_tokens}", file=sys.stderr)
+                continue
+            about = {
+                "model": "random" if chosen.tiny else "SmolLM2-135M-Instruct", "text": name,
+                "tokens": n_tokens, "ids_sha256": hashlib.sha256(ids.cpu().numpy()).hexdigest(),
+                "dtype": chosen.dtype, "codegen": setting.codegen, "seed": chosen.seed,
+            }  # fmt: skip
+            for found in measure(model, ids, chosen.k, chosen.scores, setting):
+                yield {**about, **found}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print; returns 1 if a row is wrong."""
     chosen = options(arguments)
@@ -233,30 +255,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     where = common.environment(setting.device)
-    records: list[common.Record] = []
-    for name in chosen.texts or every:
-        for n_tokens in chosen.lengths:
-            ids = every[name][:n_tokens].to(setting.device)
-            if len(ids) < n_tokens:
-                print(f"{name} has {len(ids)} tokens only: not run at {n_tokens}", file=sys.stderr)
-                continue
-            about = {
-                "model": "random" if chosen.tiny else "SmolLM2-135M-Instruct", "text": name,
-                "tokens": n_tokens, "ids_sha256": hashlib.sha256(ids.cpu().numpy()).hexdigest(),
-                "dtype": chosen.dtype, "codegen": setting.codegen, "seed": chosen.seed,
-            }  # fmt: skip
-            for found in measure(model, ids, chosen.k, chosen.scores, setting):
-                records.append({**about, **found, **where})
-                print(
-                    f"{name} {n_tokens} {found['policy']} {found.get('k', '')} "
-                    f"{found.get('scores', '')}: {found['status']}, KL {found['kl']:.2e}, "
-                    f"{found['seconds']:.0f} s",
-                    file=sys.stderr,
-                )
-                # after each measurement: a run that is cut off keeps what it has
-                common.write_json(NAME, records, chosen.output)
+    records = common.record_all(
+        NAME, measure_texts(model, every, chosen, setting), where, chosen.output,
+        lambda record: f"{record['text']} {record['tokens']} {record['policy']} "
+        f"{record.get('k', '')} {record.get('scores', '')}: {record['status']}, "
+        f"KL {record['kl']:.2e}, {record['seconds']:.0f} s",
+    )  # fmt: skip
     show(records)
-    return 1 if any(record["status"] == "wrong" for record in records) else 0
+    return common.exit_code(records)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import triton_functions as printed
+from sparse_compile.kernels.launching import padded, precision
 
 
 @triton.jit
@@ -216,14 +217,13 @@ def describe(
     """The problem of these arguments."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     sizes = (q.shape[3], v.shape[3])
-    padded = [max(16, triton.next_power_of_2(size)) for size in sizes]
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    widths = [padded(size) for size in sizes]
     even = k.shape[2] % block_size == 0
     list_group = heads // block_indices.shape[1]
     constants = (
-        heads, group, list_group, *sizes, precision, even, tile, block_size, *padded,
+        heads, group, list_group, *sizes, precision(q.dtype), even, tile, block_size, *widths,
     )  # fmt: skip
-    return Problem(constants, max(padded))
+    return Problem(constants, max(widths))
 
 
 def list_strides(tensor: Tensor) -> list[int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile import settings
+from sparse_compile import _compat, settings
 from sparse_compile.errors import OperatorError
+from sparse_compile.option_checks import MAX_K
 
 BLOCK_SIZES = (16, 32, 64, 128)
 TILES = (16, 32, 64, 128)
-MAX_SLOTS = 64
+MAX_SLOTS = MAX_K
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -113,7 +114,7 @@ def check_packing(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
 
 def may_look(tensor: Tensor) -> bool:
     """Whether values may be read: never while tracing, on CUDA only if that was asked for."""
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or isinstance(tensor, _compat.FakeTensor):
         return False
     return tensor.device.type == "cpu" or settings.read().check_values
 

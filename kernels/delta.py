@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.launching import padded
+
 ROWS = 32  # of a program
 
 
@@ -55,6 +57,6 @@ def delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     _delta_kernel[(triton.cdiv(found.numel(), ROWS),)](
         out, grad_out, grad_lse.contiguous() if has_lse else found, found,
         *out.stride(), *grad_out.stride(), n_tokens, found.numel(),
-        heads, value_dim, has_lse, max(16, triton.next_power_of_2(value_dim)), ROWS,
+        heads, value_dim, has_lse, padded(value_dim), ROWS,
     )  # fmt: skip
     return found

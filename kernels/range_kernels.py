@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.delta import delta
+from sparse_compile.kernels.launching import padded, precision
 from sparse_compile.kernels.tuning import Tuned
 
 
@@ -26,8 +27,7 @@ def forward_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     """Tiles of the forward that run everywhere."""
     if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
         return Tiles(32, 32, 8, 1)
-    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
-    if row_bytes <= 256:
+    if max(head_dim, value_dim) <= 128:
         return Tiles(64, 64, 4, 3)
     return Tiles(64, 64, 4, 2)
 
@@ -36,8 +36,7 @@ def query_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     """Tiles of the gradient of queries that run everywhere."""
     if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
         return Tiles(32, 32, 8, 1)
-    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
-    if row_bytes <= 256:
+    if max(head_dim, value_dim) <= 128:
         return Tiles(64, 64, 4, 2)
     return Tiles(64, 32, 4, 1)
 
@@ -46,8 +45,7 @@ def key_gradient_tiles(head_dim: int, value_dim: int, itemsize: int) -> Tiles:
     """Tiles of the gradients of keys and values that run everywhere."""
     if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
         return Tiles(32, 32, 8, 1)
-    row_bytes = triton.next_power_of_2(max(head_dim, value_dim)) * itemsize
-    if row_bytes <= 256:
+    if max(head_dim, value_dim) <= 128:
         return Tiles(32, 64, 4, 2)
     return Tiles(32, 64, 8, 1)
 
@@ -353,6 +351,4 @@ def backward(
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[int | str, ...]:
     sizes = (q.shape[3], v.shape[3])
-    padded = (max(16, triton.next_power_of_2(size)) for size in sizes)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    return heads, q.shape[1] // k.shape[1], *sizes, precision, *padded
+    return heads, q.shape[1] // k.shape[1], *sizes, precision(q.dtype), *map(padded, sizes)

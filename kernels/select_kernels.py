@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.launching import padded
 from sparse_compile.kernels.tuning import Tuned
 
 LANES = tl.constexpr(4)  # threads that hold a row of a product
@@ -317,7 +318,7 @@ def select(
         *q.stride(), *k_cmp.stride(), *lse.stride(), scale, n_tokens, rows, q.shape[1] // heads,
         heads, q.shape[1] // heads, head_dim, k, runs, own_runs, sinks, local,
         "tf32x3" if q.dtype == torch.float32 else "tf32",
-        max(16, triton.next_power_of_2(head_dim)), log_k,
+        padded(head_dim), log_k,
         (tiles.block_k // tiles.lists).bit_length() - 1,
         (tiles.block_k // LANES.value).bit_length() - 1, tiles.lists.bit_length() - 1,
         -(-(runs - 1) // own_runs),

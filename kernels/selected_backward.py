@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.delta import delta
+from sparse_compile.kernels.launching import padded, precision
 from sparse_compile.kernels.selected_lists import (
     UNROLLED,
     Geometry,
@@ -78,7 +79,7 @@ def _gradient_kernel(
     n_chunks = tl.cdiv(T, chunk_size)
     chunk_start = first_chunk % n_chunks * chunk_size
     row, first, end, first_key, end_key = read_item(
-        items_ptr, blocks_ptr, item, True, S, n_blocks, BLOCK_SIZE, PACKED
+        items_ptr, blocks_ptr, item, S, n_blocks, BLOCK_SIZE, PACKED
     )
     b, h = row // HEADS, row % HEADS
     shift = 0 if PACKED else S - T
@@ -205,7 +206,7 @@ def backward(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=False,
         chunk=chunks.tokens, length=tiles.length,
     )  # fmt: skip
-    block_d, block_dv = _padded(head_dim), _padded(value_dim)
+    block_d, block_dv = padded(head_dim), padded(value_dim)
     row_delta = delta(out, grad_out, grad_lse)
     dq = q.new_empty(q.shape)
     dk = q.new_zeros(k.shape, dtype=torch.float32)
@@ -223,7 +224,7 @@ def backward(
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(),
             scale, n_tokens, n_keys, place.n_blocks, first, end, chunks.tokens,
             heads, group, n_slots, head_dim, value_dim, *common,
-            "ieee" if q.dtype == torch.float32 else "tf32", widest >= 2**31,
+            precision(q.dtype), widest >= 2**31,
             block_d, block_dv, tiles.block_m, tiles.num_stages, num_warps=tiles.num_warps,
         )  # fmt: skip
         _sum_slots_kernel[((end - first) * per_row,)](
@@ -232,7 +233,3 @@ def backward(
             heads, group, n_slots, head_dim, *common, block_d, SUMMED_ROWS,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))

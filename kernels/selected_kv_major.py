@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.launching import padded, precision
 from sparse_compile.kernels.selected_lists import (
     UNROLLED,
     Geometry,
@@ -154,7 +155,7 @@ def _attend(
 ):  # fmt: skip
     """Attends with an item's rows to its KV block."""
     row, first, end, first_key, end_key = read_item(
-        items_ptr, blocks_ptr, item, True, S, n_blocks, BLOCK_SIZE, PACKED
+        items_ptr, blocks_ptr, item, S, n_blocks, BLOCK_SIZE, PACKED
     )
     b, h = row // HEADS, row % HEADS
     shift = 0 if PACKED else S - T
@@ -372,8 +373,8 @@ def forward(
             q, k, v, block_indices, place.rows, out, lse,
             *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
             scale, n_tokens, n_keys,
-            heads, group, n_slots, head_dim, value_dim, block_size, place.packed, _precision(q),
-            triton.next_power_of_2(n_slots), _padded(head_dim), _padded(value_dim),
+            heads, group, n_slots, head_dim, value_dim, block_size, place.packed, precision(q.dtype),
+            triton.next_power_of_2(n_slots), padded(head_dim), padded(value_dim),
             some, min(64, block_size),
             num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.local_registers,
         )  # fmt: skip
@@ -435,7 +436,7 @@ def attend(
             *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
             scale, n_tokens, n_keys, place.n_blocks, first, end, before, n_merges, chunks.tokens,
             heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
-            local, started, _precision(q), wide, _padded(head_dim), _padded(value_dim),
+            local, started, precision(q.dtype), wide, padded(head_dim), padded(value_dim),
             tiles.block_m, tiles.merged,
             num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
@@ -447,11 +448,3 @@ def n_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def _precision(q: Tensor) -> str:
-    return "ieee" if q.dtype == torch.float32 else "tf32"

@@ -154,15 +154,15 @@ def read_entry(
 
 @triton.jit
 def read_item(
-    items_ptr, blocks_ptr, item, there, S, n_blocks,
+    items_ptr, blocks_ptr, item, S, n_blocks,
     BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """An item's (row, first entry, end of entries, first key, end of keys); 0 unless `there`."""
+    """An item's (row, first entry, end of entries, first key, end of keys)."""
     at = items_ptr + item.to(tl.int64) * 4
-    row = tl.load(at, mask=there, other=0).to(tl.int64)
-    block = tl.load(at + 1, mask=there, other=0)
-    first = tl.load(at + 2, mask=there, other=0)
-    end = tl.load(at + 3, mask=there, other=0)
+    row = tl.load(at).to(tl.int64)
+    block = tl.load(at + 1)
+    first = tl.load(at + 2)
+    end = tl.load(at + 3)
     if PACKED:
         first_key = tl.load(blocks_ptr + block)
         end_key = tl.load(blocks_ptr + n_blocks + block)

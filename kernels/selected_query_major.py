@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.kernels.launching import padded, precision
 from sparse_compile.kernels.selected_kv_major import n_multiprocessors
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 from sparse_compile.kernels.tuning import Tuned
@@ -41,7 +42,7 @@ def default_tiles(
     head_dim: int, value_dim: int, group: int, block_size: int, itemsize: int
 ) -> Tiles:
     """Tiles that run everywhere: a step's keys and values take up to 32 KiB of shared memory."""
-    row_bytes = (_padded(head_dim) + _padded(value_dim)) * itemsize
+    row_bytes = (padded(head_dim) + padded(value_dim)) * itemsize
     fits = 1 << (2**15 // row_bytes).bit_length() - 1  # a power of two
     block_n = max(16, min(block_size, 64, fits))
     block_g = min(64 if itemsize == 2 else 16, triton.next_power_of_2(group))
@@ -206,18 +207,14 @@ def forward(
         *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
         scale, n_tokens, k.shape[2],
         heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
-        "ieee" if q.dtype == torch.float32 else "tf32", splits, triton.next_power_of_2(n_slots),
-        _padded(head_dim), _padded(value_dim), tiles.block_n, tiles.block_g, tiles.num_stages,
+        precision(q.dtype), splits, triton.next_power_of_2(n_slots),
+        padded(head_dim), padded(value_dim), tiles.block_n, tiles.block_g, tiles.num_stages,
         num_warps=tiles.num_warps,
     )  # fmt: skip
     if splits > 1:
-        block_s, block_dv = triton.next_power_of_2(splits), _padded(value_dim)
+        block_s, block_dv = triton.next_power_of_2(splits), padded(value_dim)
         block_r = max(1, MERGED_NUMBERS // (block_s * block_dv))
         _merge_kernel[(triton.cdiv(lse.numel(), block_r),)](
             part, part_lse, out, lse, lse.numel(), value_dim, splits, block_s, block_dv, block_r
         )
     return out, lse
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))

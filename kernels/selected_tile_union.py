@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import selected_kv_major
+from sparse_compile.kernels.launching import padded, precision
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 from sparse_compile.kernels.tuning import Tuned
 
@@ -284,8 +285,8 @@ def forward(
         scale, n_tokens, n_keys, n_all // (batch * heads), pad_before(place.shift, tiles.block_t),
         unions.capacity,
         heads, group, head_dim, value_dim, block_size, causal, place.packed, unions.rest is None, scale > 0,
-        "ieee" if q.dtype == torch.float32 else "tf32",
-        *(max(16, triton.next_power_of_2(x)) for x in (head_dim, value_dim)),
+        precision(q.dtype),
+        padded(head_dim), padded(value_dim),
         tiles.block_t, tiles.block_g, tiles.block_n, tiles.num_stages,
         num_warps=tiles.num_warps, maxnreg=tiles.registers,
     )  # fmt: skip

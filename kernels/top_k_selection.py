@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sparse_compile.kernels import range_attention, select_top_k
 from sparse_compile.kernels.checks import MAX_HEAD_DIM
+from sparse_compile.option_checks import SCORES as SCORES
 
 OP = "sparse_compile::top_k_selection"
-SCORES = ("bounds", "mean")
 TILE_NUMBERS = 2**24  # of scores at a time, on the CPU
 CHUNK_BYTES = 2**26  # of queries at a time as `bounds` takes them, on a GPU
 

@@ -44,7 +44,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sinks: How many of the `k` are the first KV blocks; only with `top_k`, 1 there.
         local: How many of the `k` are those up to the row's own; only with `top_k`, 2 there.
         scores: How `top_k` ranks the others: by `bounds` on their keys (Quest), or by the `mean` of
-            their keys. Left out: `bounds` for heads of up to 128 channels, `mean` for larger ones.
+            their keys, 'mean' there. `bounds` takes heads of at most 128 channels.
         sites: Pattern of module paths (`fnmatch`) -> options of the sites it matches. The first
             pattern that matches wins.
         verify: Compare every site with the model's own computation before it is replaced.
@@ -71,7 +71,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         """Check the values, fill in the policy's own defaults and copy the tables."""
         check_values(msgspec.structs.asdict(self))
-        for name in ("p", "k"):
+        for name in ("p", "k", "scores"):
             if name in POLICIES[self.policy] and getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, POLICY_DEFAULTS[name])
         sites = {pattern: dict(options) for pattern, options in self.sites.items()}

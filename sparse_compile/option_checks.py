@@ -16,7 +16,7 @@ POLICIES: dict[str, tuple[str, ...]] = {  # policy -> the options that have a me
     "native": ("min_tokens",),
 }
 POLICY_DEFAULTS: dict[str, Any] = {
-    "p": 0.95, "k": 16, "min_tokens": 0, "sinks": None, "local": None, "scores": None,
+    "p": 0.95, "k": 16, "min_tokens": 0, "sinks": None, "local": None, "scores": "mean",
 }  # fmt: skip
 SITE_OPTIONS = ("policy", "block_size", *POLICY_DEFAULTS)
 MAX_K = 64  # slots that the kernels have for a row

@@ -190,25 +190,29 @@ def plan_selected(
     if not all(type(size) is int for size in sizes):
         why = f"chosen at each call; at {problem.n_queries} tokens {found}"
         return KernelPlan(kernel="selected_attention", why=why)
-    n_queries = problem.n_queries
-    aligned = not causal or n_queries in (
-        1,
-        problem.n_keys,
-    )  # what F.scaled_dot_product_attention can do
+    # what F.scaled_dot_product_attention can do
+    aligned = not causal or problem.n_queries in (1, problem.n_keys)
     if allow_dense and aligned and found.is_dense_faster:
-        grouped = problem.query_heads != problem.kv_heads
-        flags = {
-            "enable_gqa": grouped and device.type == "cuda" and dtype in FUSED_GQA,
-            "is_causal": causal and n_queries > 1,
-        }
-        ms = costs.short_ms(found.ms[DENSE])
-        why = f"dense attention is the fastest: {ms} ms predicted; {found}"
-        return KernelPlan(kernel="sdpa", flags=flags, why=why)
+        return _plan_dense(problem, found, device, dtype)
     flips = costs.crossovers(problem, known, "group", loop_orders=LOOP_ORDERS)
-    if allow_dense and aligned and n_queries > 1:
+    if allow_dense and aligned and problem.n_queries > 1:
         flips += costs.crossovers(problem, known, "tokens", loop_orders=LOOP_ORDERS, dense=True)
     why = "; ".join([str(found), *map(str, flips)])
     return KernelPlan(kernel="selected_attention", loop_order=found.fastest, why=why)
+
+
+def _plan_dense(
+    problem: Problem, found: costs.Prediction, device: torch.device, dtype: torch.dtype
+) -> KernelPlan:
+    """Dense attention in place of a selected one that is predicted to be slower."""
+    grouped = problem.query_heads != problem.kv_heads
+    flags = {
+        "enable_gqa": grouped and device.type == "cuda" and dtype in FUSED_GQA,
+        "is_causal": problem.causal and problem.n_queries > 1,
+    }
+    ms = costs.short_ms(found.ms[DENSE])
+    why = f"dense attention is the fastest: {ms} ms predicted; {found}"
+    return KernelPlan(kernel="sdpa", flags=flags, why=why)
 
 
 def device_name(device: torch.device) -> str:

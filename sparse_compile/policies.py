@@ -100,7 +100,7 @@ def _other_sizes(proven: Proven, config: Config, device: torch.device) -> Reason
     if head > MAX_HEAD_DIM or value > MAX_HEAD_DIM:
         message = f"heads have {head} and {value} channels, and {MAX_HEAD_DIM} is the most"
         return Reason(code="head-dim", message=message)
-    limit = largest_head_dim(_scores(config, head))
+    limit = largest_head_dim(config.scores)
     if head > limit:
         message = f"scores by {config.scores} take at most {limit} channels, not {head}"
         return Reason(code="head-dim", message=message)
@@ -133,22 +133,14 @@ def _top_k(
         **sizes, n_slots=k, block_size=size, dtype=compute_dtype(proven), device=device,
         training=training,
     )  # fmt: skip
-    scores = _scores(config, sizes["head_dim"])
     sinks, local = config.forced_blocks()
     of = f"{k} of {-(-int(n_keys) // size)}" if n_keys.is_Integer else str(k)
     why = (
         f"{of} KV blocks of {size} keys, {sinks} first and {local} last among them, "
-        f"the others by {scores}; {found.why}"
+        f"the others by {config.scores}; {found.why}"
     )
-    flags = {"k": k, "block_size": size, "sinks": sinks, "local": local, "scores": scores}
+    flags = {"k": k, "block_size": size, "sinks": sinks, "local": local, "scores": config.scores}
     return msgspec.structs.replace(found, flags=flags, why=why, policy="top_k")
-
-
-def _scores(config: Config, head_dim: Size) -> str:
-    """How KV blocks are ranked: `bounds` finds more of the mass, but takes twice the channels."""
-    if config.scores is not None:
-        return config.scores
-    return "bounds" if head_dim <= largest_head_dim("bounds") else "mean"
 
 
 def _size(proven: Proven, size: sympy.Expr) -> Size:

@@ -388,13 +388,14 @@ class TestChoiceOfTheOperator:
     @pytest.mark.gpu
     def test_choosing_does_not_wait_for_the_device(self):
         inputs = [x.cuda() for x in Case(queries=200, keys=200).inputs()]
-        selected_attention(*inputs, block_size=16)  # compiles, and reads the rates
+        wanted = selected_attention(*inputs, block_size=16)  # compiles, and reads the rates
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")  # waiting raises an error
         try:
-            selected_attention(*inputs, block_size=16)
+            found = selected_attention(*inputs, block_size=16)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found, wanted)
 
     def test_steps_of_a_decoding_loop_share_an_answer(self):
         from sparse_compile.kernels import selected_attention as operator

@@ -208,6 +208,7 @@ def test_a_cuda_graph_can_hold_it(name: str, order: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # sums in any order, bf16
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("order", LOOP_ORDERS)
 def test_offsets_beyond_32_bits(order: str) -> None:
     tokens, heads, dim, last = 2**20, 17, 128, 64
