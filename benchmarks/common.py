@@ -257,9 +257,16 @@ def timing_fields(timing: Timing) -> Record:
     return asdict(timing)
 
 
+def _file(text: str) -> Path:
+    """A path that can be written as a file: said before, not after, what takes minutes."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give the name of a file in it")
+    return Path(text)
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--output", type=Path, help="file to write instead of benchmarks/results/")
+    made.add_argument("--output", type=_file, help="file to write instead of benchmarks/results/")
     made.add_argument("--seed", type=int, default=0)
     return made

@@ -42,8 +42,7 @@ def run_tests(
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "junit.xml"
-        # tests of one group, those that need much memory, run one after the other
-        parallel = [] if jobs == 1 else ["-n", str(jobs), "--dist", "loadgroup"]
+        parallel = [] if jobs == 1 else ["-n", str(jobs)]
         command = [
             *(sys.executable, *PYTEST, f"--junit-xml={results}", *parallel),
             *marked_files(selection),

@@ -32,7 +32,9 @@ from sparse_compile.kernels.selected_lists import (
 from sparse_compile.kernels.tuning import Tuned
 
 SUMMED_ROWS = 8  # of a program
-SCRATCH_BYTES = 240 * 2**20  # of partial results, unless lists would become too short
+ROUNDED = 4096  # sums of dK or dV that a program rounds
+SCRATCH_BYTES = 512 * 2**20  # of partial results, unless lists would become too short
+PREFERRED_ROWS = 1024  # of a list; more of them read more queries than the L2 cache holds
 
 
 BACKWARD = Tuned["Tiles"]("selected_backward")
@@ -52,10 +54,12 @@ def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> T
     if itemsize == 4:  # without matrix units all is in registers; larger tiles spill
         return Tiles(16, max(1, 512 // group), 8, 1)
     warps = 4 if max(head_dim, value_dim) <= 128 else 8
-    return Tiles(32, max(1, 1024 // group), warps, 1)
+    return Tiles(32, max(1, 1536 // group), warps, 1)
 
 
-@triton.jit(do_not_specialize=["T", "S", "n_blocks", "first_chunk", "end_chunk", "chunk_size"])
+@triton.jit(
+    do_not_specialize=["T", "S", "n_blocks", "first_chunk", "end_chunk", "chunk_size", "n_sums"]
+)
 def _gradient_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, entries_ptr, items_ptr,
     first_item_ptr, blocks_ptr, part_ptr, dk_ptr, dv_ptr,
@@ -63,7 +67,7 @@ def _gradient_kernel(
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
     stride_g_b, stride_g_h, stride_g_t, stride_g_d,
-    scale, T, S, n_blocks, first_chunk, end_chunk, chunk_size,
+    scale, T, S, n_blocks, first_chunk, end_chunk, chunk_size, n_sums,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -76,8 +80,6 @@ def _gradient_kernel(
     item = tl.load(first_item_ptr + first_chunk) + tl.program_id(0)
     if item >= tl.load(first_item_ptr + end_chunk):
         return
-    n_chunks = tl.cdiv(T, chunk_size)
-    chunk_start = first_chunk % n_chunks * chunk_size
     row, first, end, first_key, end_key = read_item(
         items_ptr, blocks_ptr, item, S, n_blocks, BLOCK_SIZE, PACKED
     )
@@ -98,13 +100,13 @@ def _gradient_kernel(
     g_base = grad_ptr + b * stride_g_b + h * GROUP * stride_g_h
     lse_base = lse_ptr + row * GROUP * T
     delta_base = delta_ptr + row * GROUP * T
-    part_base = part_ptr + (row - first_chunk // n_chunks) * chunk_size * K * GROUP * D
+    before = ((row * tl.cdiv(T, chunk_size) - first_chunk) * chunk_size * K).to(tl.int32)
     dk = tl.zeros([BLOCK_SIZE, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_SIZE, BLOCK_DV], tl.float32)
-    for tile in tl.range(0, (end - first) * GROUP, BLOCK_M, num_stages=STAGES):
-        r = tile + tl.arange(0, BLOCK_M)  # row of the item: entry, head of the group
+    r = tl.arange(0, BLOCK_M)  # row of the item: entry, head of the group
+    code = tl.load(entries_ptr + first + r // GROUP, mask=first + r // GROUP < end, other=0)
+    for _ in tl.range(0, (end - first) * GROUP, BLOCK_M, num_stages=STAGES):
         live = first + r // GROUP < end
-        code = tl.load(entries_ptr + first + r // GROUP, mask=live, other=0)
         head, token = r % GROUP, code // K
         q_at = widened(head, WIDE) * stride_q_h + widened(token, WIDE) * stride_q_t
         in_q = live[:, None] & (d[None, :] < D)
@@ -132,33 +134,30 @@ def _gradient_kernel(
         ds = (p * (dp - delta[None, :])).to(k.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-        place = widened(code - chunk_start * K, WIDE) * GROUP + head
+        place = widened(before + code, WIDE) * GROUP + head
+        r += BLOCK_M
+        there = first + r // GROUP < end
+        code = tl.load(entries_ptr + first + r // GROUP, mask=there, other=0)  # of the next tile
         tl.store(
-            part_base + (place[:, None] * D + d[None, :]), dq.to(part_ptr.dtype.element_ty),
+            part_ptr + (place[:, None] * D + d[None, :]), dq.to(part_ptr.dtype.element_ty),
             mask=in_q,
         )  # fmt: skip
-    dk_at = dk_ptr + (row * S + at)[:, None] * D + d[None, :]
-    tl.atomic_add(dk_at, dk * scale, mask=in_k, sem="relaxed")
-    dv_at = dv_ptr + (row * S + at)[:, None] * DV + e[None, :]
-    tl.atomic_add(dv_at, dv, mask=in_v, sem="relaxed")
+    to = (row % n_sums) * S + at
+    tl.atomic_add(dk_ptr + (to[:, None] * D + d[None, :]), dk * scale, mask=in_k, sem="relaxed")
+    tl.atomic_add(dv_ptr + (to[:, None] * DV + e[None, :]), dv, mask=in_v, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["T", "S", "first_chunk", "chunk_size"])
-def _sum_slots_kernel(
+@triton.jit
+def _sum_slots(
     part_ptr, indices_ptr, rows_ptr, dq_ptr,
-    stride_i_b, stride_i_h, stride_i_t, stride_i_k, scale, T, S, first_chunk, chunk_size,
+    stride_i_b, stride_i_h, stride_i_t, stride_i_k, scale, T, S, tile, row, chunk_start, chunk_size,
+    scratch_base,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums the slots of BLOCK_R rows of dQ."""
-    per_row = tl.cdiv(chunk_size * GROUP, BLOCK_R)
-    n_chunks = tl.cdiv(T, chunk_size)
-    in_launch = (tl.program_id(0) // per_row).to(tl.int64)
-    row = in_launch + first_chunk // n_chunks
-    chunk_start = first_chunk % n_chunks * chunk_size
-    scratch_base = in_launch * chunk_size * K * GROUP
-    r = tl.program_id(0) % per_row * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    """Sums the slots of BLOCK_R rows (token, head of the group) of dQ."""
+    r = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     in_chunk, head = r // GROUP, r % GROUP
     token = chunk_start + in_chunk
     live = (in_chunk < chunk_size) & (token < T)
@@ -186,6 +185,55 @@ def _sum_slots_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _round(sums_ptr, to_ptr, at, first, S, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Moves BLOCK numbers of a row's sums [S, D] to the gradient; leaves zeros."""
+    some = first + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = some < S.to(tl.int64) * D
+    value = tl.load(sums_ptr + some, mask=inside, other=0.0)
+    tl.store(to_ptr + at + some, value.to(to_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # another thread may be the one that loads what this one clears
+    tl.store(sums_ptr + some, tl.zeros_like(value), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "S", "first_chunk", "end_chunk", "chunk_size", "n_sums"])
+def _finish_kernel(
+    part_ptr, indices_ptr, rows_ptr, dq_ptr, dk_sums_ptr, dv_sums_ptr, dk_ptr, dv_ptr,
+    stride_i_b, stride_i_h, stride_i_t, stride_i_k,
+    scale, T, S, first_chunk, end_chunk, chunk_size, n_sums,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums the slots of dQ after a launch, and rounds dK and dV of the rows that end in it."""
+    n_chunks = tl.cdiv(T, chunk_size)
+    per_chunk = tl.cdiv(chunk_size * GROUP, BLOCK_R)
+    program = tl.program_id(0).to(tl.int64)
+    in_launch = program // per_chunk
+    chunk = first_chunk + in_launch
+    if chunk < end_chunk:
+        _sum_slots(
+            part_ptr, indices_ptr, rows_ptr, dq_ptr,
+            stride_i_b, stride_i_h, stride_i_t, stride_i_k, scale, T, S,
+            (program % per_chunk).to(tl.int32), chunk // n_chunks,
+            (chunk % n_chunks).to(tl.int32) * chunk_size, chunk_size,
+            in_launch * chunk_size * K * GROUP,
+            HEADS, GROUP, K, D, BLOCK_SIZE, CAUSAL, PACKED, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+    else:
+        program -= (end_chunk - first_chunk).to(tl.int64) * per_chunk
+        of_keys = tl.cdiv(S.to(tl.int64) * D, BLOCK)
+        per_row = of_keys + tl.cdiv(S.to(tl.int64) * DV, BLOCK)
+        row = first_chunk // n_chunks + program // per_row
+        tile = program % per_row
+        if tile < of_keys:
+            sums = dk_sums_ptr + (row % n_sums) * S * D
+            _round(sums, dk_ptr, row * S * D, tile * BLOCK, S, D, BLOCK)
+        else:
+            sums = dv_sums_ptr + (row % n_sums) * S * DV
+            _round(sums, dv_ptr, row * S * DV, (tile - of_keys) * BLOCK, S, DV, BLOCK)
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     block_indices: Tensor, out: Tensor, lse: Tensor, place: Geometry,
@@ -201,35 +249,40 @@ def backward(
         n_tokens=n_tokens,
     )  # fmt: skip
     bytes_ = head_dim * q.element_size()
-    chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES)
+    chunks = cut(
+        n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES,
+        preferred=PREFERRED_ROWS,
+    )  # fmt: skip
     lists = build_lists(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=False,
-        chunk=chunks.tokens, length=tiles.length,
+        chunk=chunks.tokens, length=tiles.length, whole=max(1, tiles.block_m // group),
     )  # fmt: skip
     block_d, block_dv = padded(head_dim), padded(value_dim)
     row_delta = delta(out, grad_out, grad_lse)
-    dq = q.new_empty(q.shape)
-    dk = q.new_zeros(k.shape, dtype=torch.float32)
-    dv = q.new_zeros(v.shape, dtype=torch.float32)
-    part = q.new_empty((chunks.rows * chunks.tokens * n_slots * group, head_dim))
-    widest = max(span(q[0, :group]), span(grad_out[0, :group]), part.numel(), group * n_tokens)
-    per_row = triton.cdiv(chunks.tokens * group, SUMMED_ROWS)
-    common = (block_size, causal, place.packed)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     n_chunks = rows * lists.n_chunks
-    for first in range(0, n_chunks, chunks.rows):
-        end = min(first + chunks.rows, n_chunks)
+    n_sums = min(rows, triton.cdiv(chunks.at_once, lists.n_chunks) + 1)  # rows of a launch
+    dk_sums, dv_sums = (x.new_zeros((n_sums, *x.shape[2:]), dtype=torch.float32) for x in (k, v))
+    part = q.new_empty((chunks.at_once * chunks.tokens * n_slots * group, head_dim))
+    widest = max(span(q[0, :group]), span(grad_out[0, :group]), part.numel(), group * n_tokens)
+    per_chunk = triton.cdiv(chunks.tokens * group, SUMMED_ROWS)
+    per_row = triton.cdiv(n_keys * head_dim, ROUNDED) + triton.cdiv(n_keys * value_dim, ROUNDED)
+    common = (block_size, causal, place.packed)
+    for first in range(0, n_chunks, chunks.at_once):
+        end = min(first + chunks.at_once, n_chunks)
         _gradient_kernel[((end - first) * lists.max_items,)](
             q, k, v, grad_out, lse, row_delta, lists.entries, lists.items, lists.first_item,
-            place.blocks, part, dk, dv,
+            place.blocks, part, dk_sums, dv_sums,
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(),
-            scale, n_tokens, n_keys, place.n_blocks, first, end, chunks.tokens,
+            scale, n_tokens, n_keys, place.n_blocks, first, end, chunks.tokens, n_sums,
             heads, group, n_slots, head_dim, value_dim, *common,
             precision(q.dtype), widest >= 2**31,
             block_d, block_dv, tiles.block_m, tiles.num_stages, num_warps=tiles.num_warps,
         )  # fmt: skip
-        _sum_slots_kernel[((end - first) * per_row,)](
-            part, block_indices, place.rows, dq, *block_indices.stride(),
-            scale, n_tokens, n_keys, first, chunks.tokens,
-            heads, group, n_slots, head_dim, *common, block_d, SUMMED_ROWS,
+        ended = end // lists.n_chunks - first // lists.n_chunks  # rows
+        _finish_kernel[((end - first) * per_chunk + ended * per_row,)](
+            part, block_indices, place.rows, dq, dk_sums, dv_sums, dk, dv, *block_indices.stride(),
+            scale, n_tokens, n_keys, first, end, chunks.tokens, n_sums,
+            heads, group, n_slots, head_dim, value_dim, *common, block_d, SUMMED_ROWS, ROUNDED,
         )  # fmt: skip
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv

@@ -147,7 +147,7 @@ def _attend(
     stride_q_b, stride_q_h, stride_q_t, stride_q_d,
     stride_k_b, stride_k_h, stride_k_s, stride_k_d,
     stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-    scale, T, S, n_blocks, item, chunk_start, row_scratch, first_row,
+    scale, T, S, n_blocks, item, first_chunk, n_chunks, chunk_size,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, LOCAL: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -177,8 +177,7 @@ def _attend(
         v_at + dv[None, :] * stride_v_d, mask=(dv[None, :] < DV) & keep[:, None], other=0.0
     )  # [BLOCK_SIZE, BLOCK_DV]
     q_base = q_ptr + b * stride_q_b + h * GROUP * stride_q_h
-    part_base = part_ptr + (row - first_row) * row_scratch * DV
-    part_lse_base = part_lse_ptr + (row - first_row) * row_scratch
+    before = ((row * n_chunks - first_chunk) * chunk_size * K).to(tl.int32)  # (token, slot)
     r = tl.arange(0, BLOCK_M)  # row of the item: entry, head of the group
     code = tl.load(entries_ptr + first + r // GROUP, mask=first + r // GROUP < end, other=0)
     for _ in range(0, (end - first) * GROUP, BLOCK_M):
@@ -189,7 +188,7 @@ def _attend(
             q_base + (q_at[:, None] + d[None, :] * stride_q_d),
             mask=live[:, None] & (d[None, :] < D), other=0.0,
         )  # [BLOCK_M, BLOCK_D]  # fmt: skip
-        place = widened(code - chunk_start * K, WIDE) * GROUP + head
+        place = widened(before + code, WIDE) * GROUP + head
         r += BLOCK_M
         there = first + r // GROUP < end
         code = tl.load(entries_ptr + first + r // GROUP, mask=there, other=0)  # of the next tile
@@ -206,10 +205,10 @@ def _attend(
         total = tl.where(total == 0.0, 1.0, total)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
         tl.store(
-            part_base + (place[:, None] * DV + dv[None, :]), out.to(part_ptr.dtype.element_ty),
+            part_ptr + (place[:, None] * DV + dv[None, :]), out.to(part_ptr.dtype.element_ty),
             mask=live[:, None] & (dv[None, :] < DV),
         )  # fmt: skip
-        tl.store(part_lse_base + place, highest + tl.log2(total), mask=live)
+        tl.store(part_lse_ptr + place, highest + tl.log2(total), mask=live)
 
 
 @triton.jit
@@ -273,6 +272,8 @@ def _merge(
             total += weight
             acc += part.to(tl.float32) * weight[:, None]
     acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    if STARTED:  # the threads that write a row are not all that read what was there
+        tl.debug_barrier()
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
 
@@ -299,13 +300,15 @@ def _slots_kernel(
     program = tl.program_id(0).to(tl.int64)
     merge = program * n_merges // tl.num_programs(0)  # programs before this one that merge
     if (program + 1) * n_merges // tl.num_programs(0) > merge:
-        per_row = tl.cdiv(chunk_size * GROUP, BLOCK_R)
-        in_launch = merge // per_row
+        per_chunk = tl.cdiv(chunk_size * GROUP, BLOCK_R)
+        in_launch = merge // per_chunk
+        chunk = merge_first + in_launch
         _merge(
             merge_part_ptr, merge_part_lse_ptr, indices_ptr, rows_ptr, out_ptr, lse_ptr,
             stride_i_b, stride_i_h, stride_i_t, stride_i_k, T, S,
-            (merge % per_row).to(tl.int32), in_launch + merge_first // n_chunks,
-            merge_first % n_chunks * chunk_size, chunk_size, in_launch * chunk_size * K * GROUP,
+            (merge % per_chunk).to(tl.int32), chunk // n_chunks,
+            (chunk % n_chunks).to(tl.int32) * chunk_size, chunk_size,
+            in_launch * chunk_size * K * GROUP,
             HEADS, GROUP, K, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, STARTED, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
     else:
@@ -316,8 +319,7 @@ def _slots_kernel(
                 stride_q_b, stride_q_h, stride_q_t, stride_q_d,
                 stride_k_b, stride_k_h, stride_k_s, stride_k_d,
                 stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-                scale, T, S, n_blocks, item, first % n_chunks * chunk_size,
-                chunk_size * K * GROUP, first // n_chunks,
+                scale, T, S, n_blocks, item, first, n_chunks, chunk_size,
                 HEADS, GROUP, K, D, DV, BLOCK_SIZE, CAUSAL, PACKED, LOCAL, PRECISION,
                 WIDE, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
@@ -418,17 +420,17 @@ def attend(
     chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES // 2)
     lists = build_lists(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=local,
-        chunk=chunks.tokens, length=tiles.length,
+        chunk=chunks.tokens, length=tiles.length, whole=max(1, tiles.block_m // group),
     )  # fmt: skip
     # one half is written while the other is read
-    part = q.new_empty((2, chunks.rows * chunks.tokens * n_slots * group, value_dim))
+    part = q.new_empty((2, chunks.at_once * chunks.tokens * n_slots * group, value_dim))
     part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
-    per_row = triton.cdiv(chunks.tokens * group, tiles.merged)
+    per_chunk = triton.cdiv(chunks.tokens * group, tiles.merged)
     wide = max(span(q[0, :group]), part[0].numel()) >= 2**31
     n_chunks, before = rows * lists.n_chunks, 0
-    for number, start in enumerate(range(0, n_chunks + chunks.rows, chunks.rows)):
-        first, end = min(start, n_chunks), min(start + chunks.rows, n_chunks)
-        n_merges = (first - before) * per_row
+    for number, start in enumerate(range(0, n_chunks + chunks.at_once, chunks.at_once)):
+        first, end = min(start, n_chunks), min(start + chunks.at_once, n_chunks)
+        n_merges = (first - before) * per_chunk
         _slots_kernel[((end - first) * lists.max_items + n_merges,)](
             q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
             place.blocks, part[number % 2], part_lse[number % 2],
@@ -441,10 +443,3 @@ def attend(
             num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
         before = first
-
-
-def n_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 on the CPU, where kernels are interpreted."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -8,6 +8,7 @@ histogram by atomics, a prefix sum, and a fill. The order within a list varies f
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ ENTRIES = 1024  # per program
 LISTS = 128  # per program
 MAX_PARTS = 16  # of a list, with counters of their own
 COUNTERS = 2**22  # at most, unless there are more lists
-UNROLLED = tl.constexpr(8)  # slots whose partial results are on their way at a time
+UNROLLED = tl.constexpr(16)  # slots whose partial results are on their way at a time
 ROWS_PER_LIST = 128  # fewer would leave the tiles of rows empty
 
 
@@ -44,15 +45,16 @@ class Lists(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """How the work is cut so that the scratch is bounded: launches of whole rows or of parts."""
+    """How the work is cut so that the scratch is bounded."""
 
     tokens: int  # query tokens of a chunk
-    rows: int  # (batch, KV head) of a launch; 1 if a row has several chunks
+    at_once: int  # chunks of a launch, which may be of several rows
 
 
 def cut(
-    n_tokens: int, n_rows: int, group: int, n_slots: int, n_blocks: int, bytes_: int, scratch: int
-) -> Chunks:
+    n_tokens: int, n_rows: int, group: int, n_slots: int, n_blocks: int, bytes_: int, scratch: int,
+    *, preferred: float = float("inf"),
+) -> Chunks:  # fmt: skip
     """As much at a time as the scratch holds, but enough to fill the tiles.
 
     Args:
@@ -63,13 +65,14 @@ def cut(
         n_blocks: KV blocks.
         bytes_: Scratch of one (token, slot, head).
         scratch: Its bytes, unless lists would become too short.
+        preferred: Rows (token, head of the group) that the mean list of a chunk needs no more of.
     """
-    fits = scratch // (group * n_slots * bytes_)
-    if fits >= n_tokens:
-        return Chunks(n_tokens, min(n_rows, fits // max(1, n_tokens)))
-    fills = -(-ROWS_PER_LIST * n_blocks // (group * n_slots))
-    n_chunks = -(-n_tokens // max(fits, fills))
-    return Chunks(-(-n_tokens // n_chunks), 1)
+    fits = scratch // (group * n_slots * bytes_)  # tokens
+    fills = n_blocks / (group * n_slots)  # tokens for a list of one row
+    most = math.ceil(max(min(fits, preferred * fills), ROWS_PER_LIST * fills))
+    n_chunks = max(1, -(-n_tokens // most))
+    tokens = -(-n_tokens // n_chunks)
+    return Chunks(tokens, max(1, min(n_rows * n_chunks, fits // max(1, tokens))))
 
 
 def span(x: Tensor) -> int:
@@ -234,9 +237,9 @@ def _fill_kernel(
 @triton.jit(do_not_specialize=["n_lists", "n_blocks", "n_chunks"])
 def _items_kernel(
     ends_ptr, item_ends_ptr, items_ptr, n_lists, n_blocks, n_chunks,
-    LENGTH: tl.constexpr, LISTS: tl.constexpr,
+    LENGTH: tl.constexpr, WHOLE: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Cuts every list into items of LENGTH entries."""
+    """Cuts every list into even items of at most LENGTH entries, of whole tiles of WHOLE."""
     at = tl.program_id(0).to(tl.int64) * LISTS + tl.arange(0, LISTS)  # [LISTS]
     live = at < n_lists
     end = tl.load(ends_ptr + at, mask=live, other=0)
@@ -244,19 +247,21 @@ def _items_kernel(
     n_items = tl.cdiv(end - start, LENGTH)
     first = tl.load(item_ends_ptr + at, mask=live, other=0) - n_items
     row = at // n_blocks // n_chunks
+    even = tl.cdiv(tl.cdiv(end - start, tl.maximum(n_items, 1)), WHOLE) * WHOLE
+    even = tl.minimum(even, LENGTH)
     for i in range(tl.max(n_items, 0)):
         item = items_ptr + (first + i).to(tl.int64) * 4
-        begin = start + i * LENGTH
+        begin = tl.minimum(start + i * even, end)
         wanted = i < n_items
         tl.store(item, row.to(tl.int32), mask=wanted)
         tl.store(item + 1, (at % n_blocks).to(tl.int32), mask=wanted)
         tl.store(item + 2, begin, mask=wanted)
-        tl.store(item + 3, tl.minimum(begin + LENGTH, end), mask=wanted)
+        tl.store(item + 3, tl.minimum(begin + even, end), mask=wanted)
 
 
 def build_lists(
     block_indices: Tensor, place: Geometry, n_keys: int,
-    *, block_size: int, causal: bool, local: bool, chunk: int, length: int,
+    *, block_size: int, causal: bool, local: bool, chunk: int, length: int, whole: int,
 ) -> Lists:  # fmt: skip
     """The lists of a selection.
 
@@ -269,6 +274,7 @@ def build_lists(
         local: Whether those that `read_entry` calls local are left out too.
         chunk: Query tokens of a chunk.
         length: Entries of an item at most.
+        whole: Entries of a tile; items end where tiles do.
     """
     batch, heads, n_tokens, n_slots = block_indices.shape
     device = block_indices.device
@@ -295,7 +301,7 @@ def build_lists(
     max_items = min(place.n_blocks, per_list) + per_list // length
     items = torch.empty((rows * n_chunks * max_items, 4), dtype=torch.int32, device=device)
     _items_kernel[(triton.cdiv(n_lists, LISTS),)](
-        list_ends, item_ends, items, n_lists, place.n_blocks, n_chunks, length, LISTS
+        list_ends, item_ends, items, n_lists, place.n_blocks, n_chunks, length, whole, LISTS
     )
     last = item_ends[place.n_blocks - 1 :: place.n_blocks]
     first_item = torch.cat([last.new_zeros(1), last])

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.launching import padded, precision
-from sparse_compile.kernels.selected_kv_major import n_multiprocessors
+from sparse_compile.kernels.launching import n_multiprocessors, padded, precision
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 from sparse_compile.kernels.tuning import Tuned
 

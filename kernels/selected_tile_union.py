@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import selected_kv_major
-from sparse_compile.kernels.launching import padded, precision
+from sparse_compile.kernels.launching import n_multiprocessors, padded, precision
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 from sparse_compile.kernels.tuning import Tuned
 
@@ -247,7 +247,7 @@ def build_unions(
     rest = None
     if shared > 1:
         rest = torch.empty_like(block_indices, memory_format=torch.contiguous_format)
-    n_programs = min(n_all, PROGRAMS_PER_SM * selected_kv_major.n_multiprocessors(device))
+    n_programs = min(n_all, PROGRAMS_PER_SM * n_multiprocessors(device))
     seen = torch.zeros(n_programs * place.n_blocks, dtype=torch.int64, device=device)
     block_k = triton.next_power_of_2(n_slots)
     _union_kernel[(n_programs,)](

@@ -28,8 +28,10 @@ DENSE_BACKWARD = "dense_backward"
 PARTS = (*LOOP_ORDERS, DENSE, BACKWARD, DENSE_BACKWARD)
 TILE_TOKENS = 64  # neighbours of a tile of `tile_union`
 TILE_SHARED = 16  # of them must have selected a KV block for the tile to read it
-SCRATCH_BYTES = 240 * 2**20  # of partial outputs in two halves, of partial gradients in one
-ROWS_PER_LIST = 128  # for which that scratch grows if it must
+SCRATCH_BYTES = 240 * 2**20  # of partial outputs, in two halves
+GRADIENT_SCRATCH_BYTES = 512 * 2**20  # of partial gradients
+ROWS_PER_LIST = 128  # for which a scratch grows if it must
+GRADIENT_ROWS = 1024  # of a list, in the backward
 ITEM_ROWS = 512  # rows that a program of `kv_major` takes to a KV block
 FILLING = 512  # programs that fill a device: with fewer, several share a token in `query_major`
 FORCED = 3  # KV blocks that every token is assumed to select: first, own, previous
@@ -197,11 +199,11 @@ def _backward(causal: bool) -> Cost:
     """One backward for every loop order: a program owns a KV block."""
     found = selections(causal)
     rows = B * Hq * found
-    whole = most(sympy.Integer(SCRATCH_BYTES), ROWS_PER_LIST * S / N * D * e)
+    whole = most(sympy.Integer(GRADIENT_SCRATCH_BYTES), ROWS_PER_LIST * S / N * D * e)
     scratch = least(rows * D * e, whole)
     launches = most(1, rows * D * e / whole)
-    visits = least(B * Hkv * found, most(B * Hkv, launches) * S / N)
-    visits += rows / (2 * ITEM_ROWS)
+    visits = least(B * Hkv * found, B * Hkv * S / N + rows / GRADIENT_ROWS)
+    sums = S * (D + Dv) * 4  # of a KV head
     lists = Stage(
         name="backward.lists",
         copied=6 * INDEX_BYTES,
@@ -216,8 +218,8 @@ def _backward(causal: bool) -> Cost:
         reread=rows * (2 * D + Dv) * e + visits * N * (D + Dv) * e,
         footprint=scratch,
         atomics=visits * N * (D + Dv) * 4,
-        atomics_footprint=KEY_BYTES / e * 4,
-        chain=least(2 * ITEM_ROWS, G * found) * (2 * D + Dv) * e,
+        atomics_footprint=sums,
+        chain=least(GRADIENT_ROWS, G * found) * (2 * D + Dv) * e,
     )
     merge = Stage(
         name="backward.merge",
@@ -225,7 +227,9 @@ def _backward(causal: bool) -> Cost:
         reread=rows * D * e,
         footprint=scratch,
     )
-    casts = Stage(name="backward.casts", copied=KEY_BYTES * (1 + 8 / e))
+    casts = Stage(
+        name="backward.casts", copied=KEY_BYTES, reread=2 * B * Hkv * sums, footprint=sums
+    )
     return Cost(stages=(lists, delta, attend, merge, casts), launches=18 + 2 * launches)
 
 

@@ -224,7 +224,9 @@ def naturals(
         for number, one in enumerate(inputs):
             wide = one.detach()
             if one.is_floating_point():
-                step = 2 * torch.finfo(one.dtype).eps + (logit_step if number == 0 else 0.0)
+                step = 2 * torch.finfo(one.dtype).eps
+                if number == 0:  # of the scores; a sum of products drifts by a step at each
+                    step += logit_step + torch.finfo(torch.float32).eps * wide.shape[-1] ** 0.5
                 wide = one.detach().double() * (1 + step * torch.randn_like(one.double()).sign())
             moved.append(wide.requires_grad_(one.requires_grad))
         by = [one * (1 + torch.finfo(inputs[0].dtype).eps * torch.randn_like(one).sign())

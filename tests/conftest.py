@@ -3,7 +3,9 @@
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,14 @@ def _fresh_dynamo() -> Iterator[None]:
     if "sparse_compile.backend" in sys.modules:
         # Dynamo resets the backends that it knows; a test may have wrapped ours
         sys.modules["sparse_compile.backend"].sparse_compile.reset()
+
+
+@pytest.fixture
+def much_memory() -> Iterator[None]:
+    """One process at a time, for a test that takes tens of gigabytes of a GPU."""
+    import torch
+    from filelock import FileLock  # PyTorch needs it too
+
+    with FileLock(Path(tempfile.gettempdir()) / "sparse_compile_much_memory.lock"):
+        yield
+        torch.cuda.empty_cache()

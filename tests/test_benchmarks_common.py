@@ -54,6 +54,12 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_a_folder_as_output_is_refused_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        common.parser("").parse_args(["--output", str(tmp_path)])
+    assert "is a folder; give the name of a file in it" in capsys.readouterr().err
+
+
 def test_the_environment_names_versions_and_sources():
     import torch
 

@@ -162,7 +162,7 @@ def test_a_cuda_graph_can_hold_it() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("much_memory")
 def test_positions_past_32_bits() -> None:
     """Strides so long that elements lie 2 ** 31 apart and more."""
     room = torch.zeros(70000, 2**15 + 8, device="cuda", dtype=torch.float16)

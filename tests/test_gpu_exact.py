@@ -251,7 +251,7 @@ def test_one_compilation_for_many_lengths():
     assert_all_rewritten(2)
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2"])
 def test_memory_does_not_grow_with_the_square(family):
     """Not even a mask of one byte an element fits into what is allowed."""

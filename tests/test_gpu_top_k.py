@@ -88,7 +88,7 @@ def test_the_same_choice_every_time_and_no_wait_for_the_device() -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("much_memory")
 def test_memory_is_bounded() -> None:
     """At 32768 tokens no tensor over tokens and KV blocks of all heads, and no widened queries."""
     q = torch.randn(1, 32, 32768, 128, device="cuda", dtype=torch.bfloat16)

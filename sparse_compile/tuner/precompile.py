@@ -91,6 +91,7 @@ class Precompiler:
 
 def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
+    os.nice(19)  # the process that times launches kernels meanwhile
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -74,13 +74,15 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def jobs(kernels: Iterable[str], problems: Sequence[tuple[Shape, str]]) -> list[Job]:
-    """Every key that the problems need, once; of several shapes the first stands for it."""
+def jobs(kernels: Sequence[str], problems: Sequence[tuple[Shape, str]]) -> list[Job]:
+    """Every key that the problems need, once; of several shapes the first stands for it.
+
+    Those of the first problem come first, so that a budget serves it whole.
+    """
     found: dict[object, Job] = {}
-    for kernel in kernels:
-        table = tuning_tables.load(kernel)
-        for shape, dtype in problems:
-            key = table.bucketed(WORKLOADS[kernel].facts(shape))
+    for shape, dtype in problems:
+        for kernel in kernels:
+            key = tuning_tables.load(kernel).bucketed(WORKLOADS[kernel].facts(shape))
             job = Job(kernel=kernel, dtype=dtype, shape=shape, key=key)
             found.setdefault((kernel, tuning_results.identity(dtype, key)), job)
     return list(found.values())
@@ -158,6 +160,9 @@ class Tuner:
                     times.append((timing.median_ms(problem.run, self.device, QUICK_MS), number))
             if refused is not None:
                 dropped = (*dropped, refused)
+                if number == 0:
+                    why = f"the default, run again, {refused.why}: {refused.detail}"
+                    return Outcome(job=job, status="failed", dropped=dropped, detail=why)
         finalists = {number for _, number in sorted(times)[:FINALISTS]} | {0}
         final = {}
         for number in sorted(finalists):
