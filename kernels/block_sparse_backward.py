@@ -19,6 +19,7 @@ from sparse_compile.kernels.block_sparse_forward import (
 )
 from sparse_compile.kernels.block_sparse_lists import readers
 from sparse_compile.kernels.delta import delta
+from sparse_compile.kernels.tuning import Tuned
 
 
 @triton.jit
@@ -247,22 +248,32 @@ def _block_sparse_key_gradient_kernel(
     tl.store(dv_ptr + to * DV + e[None, :], dv.to(dv_ptr.dtype.element_ty), mask=in_v)
 
 
-def default_tiles(row_size: int, itemsize: int, tile: int, block_size: int) -> tuple[Tiles, Tiles]:
-    """Tiles that run everywhere: of the gradients of queries, and of keys."""
+QUERY_GRADIENT = Tuned[Tiles]("block_sparse_query_gradient")
+KEY_GRADIENT = Tuned[Tiles]("block_sparse_key_gradient")
+
+
+def query_gradient_tiles(row_size: int, itemsize: int, tile: int, block_size: int) -> Tiles:
+    """Tiles of dQ that run everywhere; the arguments are those of the forward's `default_tiles`."""
+    found = Tiles(128, 64, 8, 3) if row_size <= 128 else Tiles(64, 32, 8, 3)
+    return (Tiles(32, 32, 8, 1) if itemsize == 4 else found).within(tile, block_size)
+
+
+def key_gradient_tiles(row_size: int, itemsize: int, tile: int, block_size: int) -> Tiles:
+    """Tiles of dK and dV that run everywhere."""
     if itemsize == 4:
-        queries, keys = Tiles(32, 32, 8, 1), Tiles(32 if row_size <= 128 else 16, 32, 8, 1)
+        found = Tiles(32 if row_size <= 128 else 16, 32, 8, 1)
     elif row_size <= 128:
-        queries, keys = Tiles(128, 64, 8, 3), Tiles(64 if row_size <= 64 else 32, 128, 8, 3)
+        found = Tiles(64 if row_size <= 64 else 32, 128, 8, 3)
     else:
-        queries, keys = Tiles(64, 32, 8, 3), Tiles(16, 64, 8, 3)
-    return queries.within(tile, block_size), keys.within(tile, block_size)
+        found = Tiles(16, 64, 8, 3)
+    return found.within(tile, block_size)
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     block_indices: Tensor, block_counts: Tensor, full_counts: Tensor | None,
     operands: Sequence[Tensor], out: Tensor, lse: Tensor, program: str, tile: int, block_size: int,
-    wanted: Sequence[int] = (), *, tiles: tuple[Tiles, Tiles] | None = None,
+    wanted: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     """The gradients of q, k and v; of the wanted operands, by the score, in float32; and deltas.
 
@@ -282,9 +293,9 @@ def backward(
     problem = describe(q, k, v, block_indices, tile, block_size)
     row_delta = delta(out, grad_out, grad_lse)
     full = torch.zeros_like(block_counts) if full_counts is None else full_counts
-    of_queries, of_keys = tiles or default_tiles(
-        problem.row_size, q.element_size(), tile, block_size
-    )
+    sizes = (problem.row_size, q.element_size(), tile, block_size)
+    of_queries = problem.choose(QUERY_GRADIENT, query_gradient_tiles(*sizes), q, program)
+    of_keys = problem.choose(KEY_GRADIENT, key_gradient_tiles(*sizes), q, program)
     pointers, places = printed.arguments(operands)
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
     # the slope of any other score holds the scale

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import triton_functions as printed
 from sparse_compile.kernels.launching import padded, precision
+from sparse_compile.kernels.tuning import Tuned
 
 
 @triton.jit
@@ -141,6 +142,9 @@ def _block_sparse_forward_kernel(
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
 
 
+FORWARD = Tuned["Tiles"]("block_sparse_forward")
+
+
 class Tiles(NamedTuple):
     """What can be tuned."""
 
@@ -177,7 +181,7 @@ def default_tiles(row_size: int, itemsize: int, tile: int, block_size: int) -> T
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor,
     full_counts: Tensor | None, operands: Sequence[Tensor], program: str, tile: int,
-    block_size: int, *, tiles: Tiles | None = None,
+    block_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output [B, Hq, T, Dv] and its natural log-sum-exp [B, Hq, T]; 0 for rows without keys."""
     (batch, heads, n_tokens, _), value_dim = q.shape, v.shape[3]
@@ -187,7 +191,9 @@ def forward(
         return out, lse
     made = printed.functions(printed.request(program, operands, q, k, approximate=compiled()))
     problem = describe(q, k, v, block_indices, tile, block_size)
-    tiles = tiles or default_tiles(problem.row_size, q.element_size(), tile, block_size)
+    tiles = problem.choose(
+        FORWARD, default_tiles(problem.row_size, q.element_size(), tile, block_size), q, program
+    )
     full = torch.zeros_like(block_counts) if full_counts is None else full_counts
     _block_sparse_forward_kernel[(batch * heads * triton.cdiv(n_tokens, tiles.block_m),)](
         q, k, v, block_indices, block_counts, full, out, lse, *printed.arguments(operands),
@@ -203,12 +209,19 @@ class Problem(NamedTuple):
     """What a kernel is compiled for, besides its functions and tiles."""
 
     constants: tuple[int | bool | str, ...]
+    facts: dict[str, int]  # what tuned tiles depend on, besides the program
     row_size: int  # of a key or a value, whichever is larger, padded
 
     def unit(self, program: str) -> float:
         """What makes powers of two of the logits that the kernel computes."""
         parsed = printed.parsed(program)
         return parsed.scale * printed.LOG2_E if printed.is_plain(parsed) else 1.0
+
+    def choose(self, tuned: Tuned[Tiles], default: Tiles, q: Tensor, program: str) -> Tiles:
+        """The tiles for this problem, within what is listed; functions of scores need registers."""
+        scored = int(not printed.is_plain(printed.parsed(program)))
+        tiles = tuned.choose(default, q, **self.facts, scored=scored)
+        return tiles.within(self.facts["tile"], self.facts["block_size"])
 
 
 def describe(
@@ -223,7 +236,10 @@ def describe(
     constants = (
         heads, group, list_group, *sizes, precision(q.dtype), even, tile, block_size, *widths,
     )  # fmt: skip
-    return Problem(constants, max(widths))
+    facts = {
+        "head_dim": q.shape[3], "value_dim": v.shape[3], "tile": tile, "block_size": block_size
+    }  # fmt: skip
+    return Problem(constants, facts, max(widths))
 
 
 def list_strides(tensor: Tensor) -> list[int]:

@@ -206,13 +206,16 @@ def parse(text: str, origin: str, kernel: str) -> Table:
 
 
 def tile_names(module: str, origin: str) -> tuple[str, ...]:
-    """The fields of a module's `Tiles`, read from its source.
+    """The fields of a module's `Tiles`, which it may import, read from its source.
 
     Raises:
         ConfigError: The module has none; the message begins with `origin`.
     """
     file = kernels_folder().joinpath(f"{module}.py")
     body = ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else []
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and "Tiles" in [alias.name for alias in node.names]:
+            return tile_names((node.module or "").rpartition(".")[2], origin)
     classes = (node for node in body if isinstance(node, ast.ClassDef) and node.name == "Tiles")
     tiles = next(classes, None)
     if tiles is None:

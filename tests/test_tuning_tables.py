@@ -153,3 +153,10 @@ def test_our_tables_have_something_to_tune_for_the_listed_shapes(kernel: str) ->
     for shape in LIST:
         facts = {**table.bucketed(WORKLOADS[kernel].facts(shape)), "itemsize": 2}
         assert 4 <= len(table.candidates(facts)) <= 64
+
+
+def test_a_module_may_import_its_tiles() -> None:
+    forward, gradient = (
+        tuning_tables.tile_names(f"block_sparse_{name}", "") for name in ("forward", "backward")
+    )
+    assert forward == gradient == ("block_m", "block_n", "num_warps", "num_stages")

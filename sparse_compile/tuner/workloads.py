@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_compile import expressions as ex
+from sparse_compile.ir import ScoreProgram
 from sparse_compile.kernels import key_ranges
+from sparse_compile.kernels.block_sparse import block_sparse_attention_ref
 from sparse_compile.kernels.range_attention import range_attention_ref
 from sparse_compile.kernels.select_top_k import block_scores, choose
 from sparse_compile.kernels.selected_attention import selected_attention_ref
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 BLOCK, STRIDE = 32, 16  # of compressed keys, as in NSA
 SINKS, LOCAL = 1, 2
+TILE, LIST_BLOCK = 128, 128  # of lists of KV blocks, as the compiler makes them
 
 
 class Problem(NamedTuple):
@@ -103,6 +107,66 @@ def _range_backward(shape: Shape, dtype: torch.dtype, device: torch.device) -> P
     return Problem(
         lambda: range_kernels.backward(grad, None, *heads, out, lse, *ranges, scale), truth, _same
     )
+
+
+# lists of KV blocks
+
+
+def _block_sparse_facts(shape: Shape) -> dict[str, int]:
+    return {
+        "head_dim": shape.head_dim, "value_dim": shape.value_dim, "tile": TILE,
+        "block_size": LIST_BLOCK, "scored": 0,
+    }  # fmt: skip
+
+
+class _Causal(NamedTuple):
+    """Causal attention by lists of KV blocks, as the compiler lowers it."""
+
+    heads: tuple[Tensor, ...]
+    program: ScoreProgram
+    lists: tuple[Tensor, ...]
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (*self.heads, *self.lists, [], self.program.encode(), TILE, LIST_BLOCK)
+
+    def reference(self, *heads: Tensor) -> tuple[Tensor, Tensor]:
+        return block_sparse_attention_ref(*heads, *self.lists, [], self.program, TILE, LIST_BLOCK)
+
+
+def _causal(shape: Shape, dtype: torch.dtype, device: torch.device) -> _Causal:
+    heads = _heads(shape, dtype, device)
+    program = ScoreProgram(
+        scale=shape.head_dim**-0.5, keep=ex.s <= ex.t + shape.keys - shape.tokens
+    )
+    sizes = (program.encode(), TILE, LIST_BLOCK, None)
+    lists = torch.ops.sparse_compile.list_blocks_v1(*heads[:2], [], *sizes)
+    return _Causal(heads, program, lists)
+
+
+def _block_sparse_forward(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    from sparse_compile.kernels import block_sparse_forward
+
+    one = _causal(shape, dtype, device)
+    return Problem(
+        lambda: block_sparse_forward.forward(*one.arguments()),
+        lambda: one.reference(*(x.double() for x in one.heads)),
+        _same,
+    )
+
+
+def _block_sparse_backward(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    from sparse_compile.kernels import block_sparse_backward, block_sparse_forward
+
+    one = _causal(shape, dtype, device)
+    *before, program, tile, block_size = one.arguments()
+    out, lse = block_sparse_forward.forward(*one.arguments())
+    grad = torch.randn_like(out)
+
+    def run() -> tuple[Tensor, ...]:
+        args = (*before, out, lse, program, tile, block_size)
+        return block_sparse_backward.backward(grad, None, *args)[:3]
+
+    return Problem(run, lambda: _gradients(one.reference, one.heads, grad), _same)
 
 
 # the choice of KV blocks
@@ -227,11 +291,21 @@ def _selected(module: str, name: str, loop_order: str) -> Workload:
     return Workload(_tuned(module, name), _selected_facts, _selected_forward(loop_order))
 
 
+def _block_sparse_gradient(name: str) -> Workload:
+    tuned = _tuned("block_sparse_backward", name)
+    return Workload(tuned, _block_sparse_facts, _block_sparse_backward)
+
+
 def _range_part(name: str, make: Callable[[Shape, torch.dtype, torch.device], Problem]) -> Workload:
     return Workload(_tuned("range_kernels", name), _range_facts, make)
 
 
 WORKLOADS: dict[str, Workload] = {
+    "block_sparse_forward": Workload(
+        _tuned("block_sparse_forward", "FORWARD"), _block_sparse_facts, _block_sparse_forward
+    ),
+    "block_sparse_query_gradient": _block_sparse_gradient("QUERY_GRADIENT"),
+    "block_sparse_key_gradient": _block_sparse_gradient("KEY_GRADIENT"),
     "range_forward": _range_part("FORWARD", _range_forward),
     "range_query_gradient": _range_part("QUERY_GRADIENT", _range_backward),
     "range_key_gradient": _range_part("KEY_GRADIENT", _range_backward),
