@@ -4,7 +4,9 @@ Compiled in a process of its own, since this one interprets kernels. What compil
 run on the GPU; what does not compile, or spills, needs no GPU to be found.
 """
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,6 +15,7 @@ from sparse_compile.kernels import compile_only, tuning_tables
 from sparse_compile.tuner.precompile import Compiled, Precompiler
 from sparse_compile.tuner.workloads import WORKLOADS
 from tests.compile_cases import defaults, shipped
+from tests.triton_ir import overwritten
 
 DEFAULTS, SHIPPED = dict(defaults()), dict(shipped())
 SHARED_BYTES = 227 * 1024  # what a program may have on an H100
@@ -33,14 +36,28 @@ MORE_STACK = {  # what was seen and is accepted, with room for another compiler
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Iterator[Precompiler]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where Triton keeps what it compiles: empty, so that all of it is seen."""
+    folder = tmp_path_factory.mktemp("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def compiler(cache: Path) -> Iterator[Precompiler]:
     # one at a time: tests run in several processes already, and share nothing
     with Precompiler(compile_only.SM90, workers=1) as started:
         yield started
 
 
+@functools.cache
+def races(file: Path) -> set[str]:
+    return overwritten(file.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", [*DEFAULTS, *(f"shipped-{name}" for name in SHIPPED)])
-def test_compiles_for_sm90(compiler: Precompiler, name: str) -> None:
+def test_compiles_for_sm90(compiler: Precompiler, cache: Path, name: str) -> None:
     task = DEFAULTS[name] if name in DEFAULTS else SHIPPED[name.removeprefix("shipped-")]
     compiled = compiler.result(task)
     assert not compiled.error
@@ -48,6 +65,9 @@ def test_compiles_for_sm90(compiler: Precompiler, name: str) -> None:
     for needs in compiled.needs:
         assert needs.shared_bytes <= SHARED_BYTES, needs
         assert needs.stack_bytes <= MORE_STACK.get(name, STACK_BYTES), needs
+    written = list(cache.rglob("*.ttir"))
+    assert {needs.kernel for needs in compiled.needs} <= {file.stem for file in written}
+    assert not {file.stem: races(file) for file in written if races(file)}
 
 
 def test_what_cannot_run_is_found(compiler: Precompiler) -> None:
