@@ -1,8 +1,8 @@
 """The gradients of selected attention: a program owns a KV block.
 
 It walks the query tokens that selected its KV block, all heads of the group at once, sums the
-gradients of keys and values, and writes that of each query by slots. A second kernel adds the slots.
-Tokens are worked on in chunks, which bounds the scratch.
+gradients of keys and values, and writes that of each query by slots. A second kernel adds the slots
+and rounds the sums that are complete. Tokens are worked on in chunks, which bounds the scratch.
 
 Source: loop order of FSA (Flash Sparse Attention, Yan et al., 2025, section 3), in five products.
 """

@@ -37,3 +37,11 @@ class OperatorError(SparseCompileError, ValueError):
 
 class RatesError(SparseCompileError, RuntimeError):
     """A device's rates could not be measured, or not be written."""
+
+
+class OutOfPagesError(SparseCompileError, RuntimeError):
+    """A pool has fewer pages left than were asked for; nothing was changed."""
+
+
+class PageError(SparseCompileError, ValueError):
+    """A page is given back, shared or written that is not held; nothing was changed."""

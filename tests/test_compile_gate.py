@@ -5,6 +5,7 @@ run on the GPU; what does not compile, or spills, needs no GPU to be found.
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,9 @@ MORE_STACK = {  # what was seen and is accepted, with room for another compiler
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where Triton keeps what it compiles: empty, so that all of it is seen."""
-    folder = tmp_path_factory.mktemp("triton")
+    """Where Triton keeps what it compiles: empty, so that all of it is seen; one for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "triton"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         yield folder

@@ -1,0 +1,1 @@
+"""The KV runtime: who holds which page of KV, and what is copied when."""
