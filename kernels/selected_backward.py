@@ -165,8 +165,9 @@ def _sum_slots(
     position, n_keys, _base, _first = read_position(rows_ptr, token, T, S, PACKED)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     place = scratch_base + in_chunk * K * GROUP + head
-    for slots in range(0, K, UNROLLED):
-        for i in tl.static_range(UNROLLED):
+    some: tl.constexpr = UNROLLED if K > UNROLLED else K
+    for slots in range(0, K, some):
+        for i in tl.static_range(some):
             slot = token * 0 + slots + i
             _block, listed = read_entry(
                 indices_ptr, row, token, slot, live & (slot < K), position, n_keys,

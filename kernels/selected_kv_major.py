@@ -238,8 +238,9 @@ def _merge(
     if STARTED:
         highest = tl.load(lse_ptr + to, mask=live, other=-float("inf"))
     before_lse = highest
-    for slots in range(0, K, UNROLLED):
-        for i in tl.static_range(UNROLLED):
+    some: tl.constexpr = UNROLLED if K > UNROLLED else K
+    for slots in range(0, K, some):
+        for i in tl.static_range(some):
             slot = token * 0 + slots + i
             _block, listed = read_entry(
                 indices_ptr, row, token, slot, live & (slot < K), position, n_keys,
@@ -254,8 +255,8 @@ def _merge(
     if STARTED:
         total = tl.exp2(before_lse - reference)
         acc = tl.load(out_at, mask=in_out, other=0.0).to(tl.float32) * total[:, None]
-    for slots in range(0, K, UNROLLED):
-        for i in tl.static_range(UNROLLED):
+    for slots in range(0, K, some):
+        for i in tl.static_range(some):
             slot = token * 0 + slots + i
             _block, listed = read_entry(
                 indices_ptr, row, token, slot, live & (slot < K), position, n_keys,
