@@ -168,6 +168,17 @@ def _mebibytes(record: Record) -> str | None:
     return None if n_bytes is None else f"{n_bytes / 2**20:.0f}"
 
 
+def show_host(title: str, records: Sequence[Record], by: Sequence[str]) -> None:
+    """Print what the host takes to launch: where it is more than the time, it decides the pace."""
+    known = [r for r in records if r.get("host_ms") is not None and r["kind"] != "dense"]
+    if known:
+        pivot(f"{title}: ms until the host has launched", known, by, (), _host)
+
+
+def _host(record: Record) -> str:
+    return f"{record['host_ms']:.2f}"
+
+
 def verdicts(records: Sequence[Record], by: Sequence[str]) -> list[list[object]]:
     """One row a case: the goal, what our chosen kernel takes, and whether that meets it.
 

@@ -23,6 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SOURCE_FOLDERS = ("sparse_compile", "passes", "kernels", "tests")
 PACKAGES = ("torch", "triton", "transformers", "sympy")
 FLUSH_BYTES = 256 << 20  # larger than any GPU's L2 cache
+CYCLES_PER_MS = 2_000_000  # of a GPU, at most: it waits a little too long at lower clocks
+MOST_AHEAD_MS = 50.0  # a call that waits for the device never gets ahead of it
 
 Record = dict[str, Any]
 
@@ -35,9 +37,10 @@ class Timing:
     p10_ms: float
     p90_ms: float
     n_calls: int
+    host_ms: float | None = None  # until the call returned to the host, which may be before its end
 
     @classmethod
-    def of(cls, times_ms: Sequence[float]) -> Timing:
+    def of(cls, times_ms: Sequence[float], host_ms: Sequence[float] = ()) -> Timing:
         """Summarise single calls."""
         ordered = sorted(times_ms)
         last = len(ordered) - 1
@@ -46,6 +49,7 @@ class Timing:
             p10_ms=ordered[round(0.1 * last)],
             p90_ms=ordered[round(0.9 * last)],
             n_calls=len(ordered),
+            host_ms=statistics.median(host_ms) if host_ms else None,
         )
 
     def __str__(self) -> str:
@@ -59,6 +63,7 @@ def time_calls(
     n_calls: int = 20,
     warm_up: int = 3,
     cold_l2: bool = True,
+    host_ahead: bool = True,
     limit_s: float = 20.0,
 ) -> Timing:
     """Time a call: by events on a GPU, by the clock on a CPU.
@@ -69,40 +74,56 @@ def time_calls(
         n_calls: How many calls to time.
         warm_up: Calls before that.
         cold_l2: On a GPU, overwrite the L2 cache before each call.
+        host_ahead: Keep a GPU waiting until the host has launched the call, as a model's other
+            work does: the time is the device's alone. What the host takes is `Timing.host_ms`.
         limit_s: Stop early, after at least three calls, when they took longer than this together.
     """
     for _ in range(warm_up):
         call()
-    once = _gpu_timer(call, cold_l2) if device == "cuda" else _cpu_timer(call)
-    times: list[float] = []
+    once = _gpu_timer(call, cold_l2, host_ahead) if device == "cuda" else _cpu_timer(call)
+    times: list[tuple[float, float | None]] = []
     deadline = time.perf_counter() + limit_s
     while len(times) < n_calls and (len(times) < 3 or time.perf_counter() < deadline):
         times.append(once())
-    return Timing.of(times)
+    return Timing.of(
+        [device_ms for device_ms, _ in times], [host for _, host in times if host is not None]
+    )
 
 
-def _gpu_timer(call: Callable[[], object], cold_l2: bool) -> Callable[[], float]:
+def _gpu_timer(
+    call: Callable[[], object], cold_l2: bool, host_ahead: bool
+) -> Callable[[], tuple[float, float | None]]:
     import torch
 
     buffer = torch.empty(FLUSH_BYTES if cold_l2 else 0, dtype=torch.int8, device="cuda")
+    host_ms = 0.0 if host_ahead else None  # of the slowest call so far
 
-    def once() -> float:
+    def once() -> tuple[float, float | None]:
+        nonlocal host_ms
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         buffer.zero_()
+        if host_ms:
+            torch.cuda._sleep(round(min(1.5 * host_ms, MOST_AHEAD_MS) * CYCLES_PER_MS))
         start.record()
+        begun = time.perf_counter()
         call()
+        took = (time.perf_counter() - begun) * 1e3
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        if host_ms is not None:
+            host_ms = max(host_ms, took)
+        return start.elapsed_time(end), took
 
+    if host_ahead:
+        once()  # to know what the host takes
     return once
 
 
-def _cpu_timer(call: Callable[[], object]) -> Callable[[], float]:
-    def once() -> float:
+def _cpu_timer(call: Callable[[], object]) -> Callable[[], tuple[float, None]]:
+    def once() -> tuple[float, None]:
         start = time.perf_counter()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return (time.perf_counter() - start) * 1e3, None
 
     return once
 

@@ -24,6 +24,7 @@ from benchmarks.attention_program import (
     VERDICT_COLUMNS,
     parser,
     run,
+    show_host,
     show_memory,
     show_times,
     verdicts,
@@ -196,6 +197,7 @@ def show(records: Sequence[Record]) -> None:
         for pattern in patterns[:1]:
             chosen = [r for r in sparse if r["pattern"] == pattern] + dense
             show_memory(f"{direction}, {pattern}", chosen, by)
+            show_host(f"{direction}, {pattern}", chosen, by)
         case = ("pattern", *by)
         rows = verdicts(sparse, case)
         common.print_table(f"{direction}: goals, ms", [*case, *VERDICT_COLUMNS], rows)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.delta import delta
-from sparse_compile.kernels.launching import padded, precision
+from sparse_compile.kernels.launching import Repeated, padded, precision
 from sparse_compile.kernels.selected_lists import (
     UNROLLED,
     Geometry,
@@ -268,22 +268,30 @@ def backward(
     widest = max(span(q[0, :group]), span(grad_out[0, :group]), part.numel(), group * n_tokens)
     per_chunk = triton.cdiv(chunks.tokens * group, SUMMED_ROWS)
     per_row = triton.cdiv(n_keys * head_dim, ROUNDED) + triton.cdiv(n_keys * value_dim, ROUNDED)
-    common = (block_size, causal, place.packed)
+    attend = Repeated(_gradient_kernel, num_warps=tiles.num_warps)
+    finish = Repeated(_finish_kernel)
+    tensors = (
+        q, k, v, grad_out, lse, row_delta, lists.entries, lists.items, lists.first_item,
+        place.blocks, part, dk_sums, dv_sums,
+        *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(),
+        scale, n_tokens, n_keys, place.n_blocks,
+    )  # fmt: skip
+    finished = (
+        part, block_indices, place.rows, dq, dk_sums, dv_sums, dk, dv, *block_indices.stride(),
+        scale, n_tokens, n_keys,
+    )  # fmt: skip
+    common = (
+        heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
+    )  # fmt: skip
+    constants = (
+        *common, precision(q.dtype), widest >= 2**31, block_d, block_dv, tiles.block_m,
+        tiles.num_stages,
+    )  # fmt: skip
     for first in range(0, n_chunks, chunks.at_once):
         end = min(first + chunks.at_once, n_chunks)
-        _gradient_kernel[((end - first) * lists.max_items,)](
-            q, k, v, grad_out, lse, row_delta, lists.entries, lists.items, lists.first_item,
-            place.blocks, part, dk_sums, dv_sums,
-            *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(),
-            scale, n_tokens, n_keys, place.n_blocks, first, end, chunks.tokens, n_sums,
-            heads, group, n_slots, head_dim, value_dim, *common,
-            precision(q.dtype), widest >= 2**31,
-            block_d, block_dv, tiles.block_m, tiles.num_stages, num_warps=tiles.num_warps,
-        )  # fmt: skip
+        these = (first, end, chunks.tokens, n_sums)
+        attend((end - first) * lists.max_items, *tensors, *these, *constants)
         ended = end // lists.n_chunks - first // lists.n_chunks  # rows
-        _finish_kernel[((end - first) * per_chunk + ended * per_row,)](
-            part, block_indices, place.rows, dq, dk_sums, dv_sums, dk, dv, *block_indices.stride(),
-            scale, n_tokens, n_keys, first, end, chunks.tokens, n_sums,
-            heads, group, n_slots, head_dim, value_dim, *common, block_d, SUMMED_ROWS, ROUNDED,
-        )  # fmt: skip
+        n_programs = (end - first) * per_chunk + ended * per_row
+        finish(n_programs, *finished, *these, *common, block_d, SUMMED_ROWS, ROUNDED)
     return dq, dk, dv

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.kernels.launching import padded, precision
+from sparse_compile.kernels.launching import Repeated, padded, precision
 from sparse_compile.kernels.selected_lists import (
     UNROLLED,
     Geometry,
@@ -279,7 +279,11 @@ def _merge(
     tl.store(lse_ptr + to, (highest + tl.log2(total)) * 0.6931471805599453, mask=live)
 
 
-@triton.jit(do_not_specialize=["T", "S", "n_blocks", "first", "end", "merge_first", "chunk_size"])
+@triton.jit(
+    do_not_specialize=[
+        "T", "S", "n_blocks", "first", "end", "merge_first", "n_merges", "chunk_size",
+    ]
+)  # fmt: skip
 def _slots_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, rows_ptr, entries_ptr, items_ptr, first_item_ptr, blocks_ptr,
     part_ptr, part_lse_ptr, merge_part_ptr, merge_part_lse_ptr, out_ptr, lse_ptr,
@@ -423,24 +427,39 @@ def attend(
         block_indices, place, n_keys, block_size=block_size, causal=causal, local=local,
         chunk=chunks.tokens, length=tiles.length, whole=max(1, tiles.block_m // group),
     )  # fmt: skip
-    # one half is written while the other is read
-    part = q.new_empty((2, chunks.at_once * chunks.tokens * n_slots * group, value_dim))
-    part_lse = q.new_empty(part.shape[:2], dtype=torch.float32)
+    # one is written while the other is read
+    n_rows = chunks.at_once * chunks.tokens * n_slots * group
+    parts = [
+        (q.new_empty((n_rows, value_dim)), q.new_empty(n_rows, dtype=torch.float32))
+        for _ in range(2)
+    ]
     per_chunk = triton.cdiv(chunks.tokens * group, tiles.merged)
-    wide = max(span(q[0, :group]), part[0].numel()) >= 2**31
+    wide = max(span(q[0, :group]), n_rows * value_dim) >= 2**31
+    launch = Repeated(
+        _slots_kernel, num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers
+    )
+    tensors = (
+        q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
+        place.blocks,
+    )  # fmt: skip
+    sizes = (
+        *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
+        scale, n_tokens, n_keys, place.n_blocks,
+    )  # fmt: skip
+    constants = (
+        heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
+        local, started, precision(q.dtype), wide, padded(head_dim), padded(value_dim),
+        tiles.block_m, tiles.merged,
+    )  # fmt: skip
     n_chunks, before = rows * lists.n_chunks, 0
-    for number, start in enumerate(range(0, n_chunks + chunks.at_once, chunks.at_once)):
+    for start in range(0, n_chunks + chunks.at_once, chunks.at_once):
         first, end = min(start, n_chunks), min(start + chunks.at_once, n_chunks)
         n_merges = (first - before) * per_chunk
-        _slots_kernel[((end - first) * lists.max_items + n_merges,)](
-            q, k, v, block_indices, place.rows, lists.entries, lists.items, lists.first_item,
-            place.blocks, part[number % 2], part_lse[number % 2],
-            part[1 - number % 2], part_lse[1 - number % 2], out, lse,
-            *q.stride(), *k.stride(), *v.stride(), *block_indices.stride(),
-            scale, n_tokens, n_keys, place.n_blocks, first, end, before, n_merges, chunks.tokens,
-            heads, group, n_slots, head_dim, value_dim, block_size, causal, place.packed,
-            local, started, precision(q.dtype), wide, padded(head_dim), padded(value_dim),
-            tiles.block_m, tiles.merged,
-            num_warps=tiles.num_warps, num_stages=1, maxnreg=tiles.registers,
+        written, read = parts
+        launch(
+            (end - first) * lists.max_items + n_merges,
+            *tensors, *written, *read, out, lse, *sizes,
+            first, end, before, n_merges, chunks.tokens, *constants,
         )  # fmt: skip
+        parts.reverse()
         before = first

@@ -10,7 +10,7 @@ from sparse_compile.tuner.shapes import Shape
 PROBLEMS: dict[str, tuple[Shape, str]] = {
     "D128-G4": (Shape(tokens=8192), "bfloat16"),
     "D64-G16": (Shape(tokens=8192, kv_heads=2, head_dim=64), "bfloat16"),
-    "D192-128-G1": (Shape(tokens=8192, kv_heads=32, head_dim=192, value_dim=128), "bfloat16"),
+    "D192-128-G1": (Shape(tokens=600, kv_heads=32, head_dim=192, value_dim=128), "bfloat16"),
     "D256-G4-block128": (Shape(tokens=8192, head_dim=256, block_size=128), "float16"),
     "D64-fp32": (Shape(tokens=8192, head_dim=64), "float32"),
 }

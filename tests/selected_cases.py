@@ -71,7 +71,7 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "groups-of-3": Case(group=3, heads=2, batch=2),
+    "groups-of-3": Case(group=3, heads=2, batch=2, queries=19, keys=19),
     "groups-of-5": Case(group=5, queries=21, keys=21),
     "one-head": Case(group=1, heads=3),
     "chunked-prefill": Case(queries=19, keys=83),

@@ -13,6 +13,8 @@ def test_percentiles_are_of_the_single_calls():
     timing = Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0])
     assert (timing.p10_ms, timing.median_ms, timing.p90_ms) == (2.0, 6.0, 10.0)
     assert timing.n_calls == 11
+    assert timing.host_ms is None
+    assert Timing.of([5.0], [2.0, 1.0, 9.0]).host_ms == 2.0
 
 
 def test_a_call_takes_at_least_as_long_as_it_sleeps():

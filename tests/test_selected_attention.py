@@ -84,13 +84,13 @@ def test_backward(name: str, way: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("scratch", [1, 8_000])
+@pytest.mark.parametrize("scratch", [1, 2_500])
 def test_a_small_scratch_changes_nothing(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_compile.kernels import selected_backward as gradient
     from sparse_compile.kernels import selected_kv_major as kv_major
     from sparse_compile.kernels import selected_lists as lists
 
-    case = Case(heads=2, batch=2, queries=70, keys=75, slots=4)
+    case = Case(heads=2, batch=2, queries=22, keys=27, slots=2)
     inputs = case.inputs()
     whole = run("kv_major", case, inputs)
     grads = [torch.randn_like(x) for x in whole]
@@ -99,8 +99,8 @@ def test_a_small_scratch_changes_nothing(scratch: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(lists, "ROWS_PER_LIST", 8)
     for module in (gradient, kv_major):
         monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
-    launches = lists.cut(70, 4, case.group, case.slots, 5, 16 * 4, scratch)
-    assert launches.tokens < 70 or launches.at_once < 4
+    launches = lists.cut(22, 4, case.group, case.slots, 2, 16 * 4, scratch)
+    assert launches.tokens < 22 or launches.at_once < 4
     cut = (*run("kv_major", case, inputs), *selected.launch_backward(*backward))
     for ours, theirs in zip(cut, (*whole, *whole_grads), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums in another order

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from sparse_compile.kernels.compile_only import Needs
     from sparse_compile.tuner.shapes import Shape
 
-CHECK_TOKENS = 528  # of the problem that is compared with the reference: not whole tiles
-
 
 class Task(NamedTuple):
     """One candidate of one problem."""
@@ -51,7 +49,10 @@ def small(kernel: str, shape: Shape, dtype: str, values: dict[str, int]) -> Task
     The same code serves all sizes: tokens are no constant of a kernel, and here as there they are
     divisible by 16.
     """
-    return Task(kernel, shape.shortened(CHECK_TOKENS), dtype, tuple(sorted(values.items())))
+    from sparse_compile.tuner.workloads import WORKLOADS
+
+    tokens = WORKLOADS[kernel].check_tokens
+    return Task(kernel, shape.shortened(tokens), dtype, tuple(sorted(values.items())))
 
 
 class Precompiler:

@@ -253,7 +253,7 @@ class Check:
         self._step = torch.finfo(dtype).eps
         default = tuning_tables.load(job.kernel).default
         torch.manual_seed(SEED)
-        self._small = workload.make(job.shape.shortened(precompile.CHECK_TOKENS), dtype, device)
+        self._small = workload.make(job.shape.shortened(workload.check_tokens), dtype, device)
         self._truth = self._small.view(self._small.truth())
         torch.manual_seed(SEED)
         self.problem: Problem = workload.make(job.shape, dtype, device)
