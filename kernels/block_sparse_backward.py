@@ -287,7 +287,7 @@ def backward(
     if lse.numel() == 0 or n_keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), grads, torch.zeros_like(lse)
     ask = printed.request(
-        program, operands, q, k, wanted=tuple(wanted), approximate=compiled()
+        program, operands, q, n_keys, wanted=tuple(wanted), approximate=compiled()
     )  # fmt: skip
     made = printed.functions(ask)
     problem = describe(q, k, v, block_indices, tile, block_size)

@@ -189,7 +189,9 @@ def forward(
     lse = q.new_empty((batch, heads, n_tokens), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    made = printed.functions(printed.request(program, operands, q, k, approximate=compiled()))
+    made = printed.functions(
+        printed.request(program, operands, q, k.shape[2], approximate=compiled())
+    )
     problem = describe(q, k, v, block_indices, tile, block_size)
     tiles = problem.choose(
         FORWARD, default_tiles(problem.row_size, q.element_size(), tile, block_size), q, program

@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.launching import n_multiprocessors, padded, precision
+from sparse_compile.kernels.merge_splits import merge, n_splits
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 from sparse_compile.kernels.tuning import Tuned
 
 QUERY_MAJOR = Tuned["Tiles"]("selected_query_major")
-MERGED_NUMBERS = 2**12  # of partial results that a program holds
 
 
 class Tiles(NamedTuple):
@@ -137,49 +137,6 @@ def _query_kernel(
     tl.store(lse_ptr + to, highest + tl.log(total), mask=g < GROUP)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, n_rows,
-    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One program merges the shares of BLOCK_R rows."""
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    split = tl.arange(0, BLOCK_S)
-    dv = tl.arange(0, BLOCK_DV)
-    live = r < n_rows
-    there = live[:, None] & (split[None, :] < SPLITS)
-    at = r[:, None] * SPLITS + split[None, :]
-    part_lse = tl.load(part_lse_ptr + at, mask=there, other=-float("inf"))  # [BLOCK_R, BLOCK_S]
-    part = tl.load(
-        part_ptr + at[:, :, None] * DV + dv[None, None, :],
-        mask=there[:, :, None] & (dv[None, None, :] < DV), other=0.0,
-    )  # [BLOCK_R, BLOCK_S, BLOCK_DV]  # fmt: skip
-    highest = tl.max(part_lse, 1)
-    reference = tl.where(highest == -float("inf"), 0.0, highest)
-    weight = tl.exp2((part_lse - reference[:, None]) * 1.4426950408889634)
-    total = tl.sum(weight, 1)
-    acc = tl.sum(part * weight[:, :, None], 1) / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(
-        out_ptr + r[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
-        mask=live[:, None] & (dv[None, :] < DV),
-    )  # fmt: skip
-    tl.store(lse_ptr + r, highest + tl.log(total), mask=live)
-
-
-def n_splits(n_programs: int, n_slots: int, wanted: int) -> int:
-    """Programs that share a token's KV blocks: as many as bring the programs to `wanted`.
-
-    Args:
-        n_programs: Without sharing.
-        n_slots: K; no program gets less than a KV block.
-        wanted: Programs that keep a device busy.
-    """
-    if n_programs >= wanted or n_programs == 0:
-        return 1
-    return min(n_slots, -(-wanted // n_programs))
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, place: Geometry,
     *, block_size: int, scale: float, causal: bool, tiles: Tiles | None = None,
@@ -211,9 +168,5 @@ def forward(
         num_warps=tiles.num_warps,
     )  # fmt: skip
     if splits > 1:
-        block_s, block_dv = triton.next_power_of_2(splits), padded(value_dim)
-        block_r = max(1, MERGED_NUMBERS // (block_s * block_dv))
-        _merge_kernel[(triton.cdiv(lse.numel(), block_r),)](
-            part, part_lse, out, lse, lse.numel(), value_dim, splits, block_s, block_dv, block_r
-        )
+        merge(part, part_lse, out, lse)
     return out, lse

@@ -72,7 +72,7 @@ def request(
     program: str,
     operands: Sequence[Tensor],
     q: Tensor,
-    k: Tensor,
+    n_keys: int,
     *,
     wanted: tuple[int, ...] = (),
     approximate: bool = True,
@@ -83,7 +83,7 @@ def request(
         program: Encoded.
         operands: What it loads from.
         q: Queries, [B, Hq, T, D].
-        k: Keys, [B, Hkv, S, D].
+        n_keys: S.
         wanted: The operands whose gradients are wanted.
         approximate: Whether bfloat16 may have the machine's own tanh, which the interpreter lacks.
     """
@@ -91,7 +91,7 @@ def request(
         Kind(_DTYPES[operand.dtype], operand.dim(), _extent(operand) < 2**31)
         for operand in operands
     )
-    is_large = max(q.shape[2], k.shape[2]) > SMALL_TOKENS or q.shape[1] > SMALL_HEADS
+    is_large = max(q.shape[2], n_keys) > SMALL_TOKENS or q.shape[1] > SMALL_HEADS
     tanh = "tanh_accurate" if q.dtype == torch.float32 else "tanh_fast"
     if approximate and q.dtype == torch.bfloat16:
         tanh = "tanh_approximate"

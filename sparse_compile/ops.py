@@ -5,33 +5,41 @@ They stand on the operators `torch.ops.sparse_compile.*`, which torch.compile ke
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile import expressions
 from sparse_compile.errors import OperatorError
-from sparse_compile.ir import EmptyRows, ScoreProgram
 from sparse_compile.kernels import block_sparse as _block_sparse  # noqa: F401 (registers it)
 from sparse_compile.kernels import checks, key_ranges
 from sparse_compile.kernels import range_attention as _range  # noqa: F401
 from sparse_compile.kernels import select_top_k as _select  # noqa: F401
 from sparse_compile.kernels import selected_attention as _selected
+from sparse_compile.kernels.formulas import COMPUTABLE, encoded
 from sparse_compile.kernels.program_attention import check_program
 from sparse_compile.kernels.program_attention_cpu import parsed
+from sparse_compile.ops_paged import Sketch, cow_copy, paged_append, paged_attention, paged_gather
+
+if TYPE_CHECKING:
+    import sympy
+
+    from sparse_compile.ir import EmptyRows
 
 LoopOrder = Literal["query_major", "kv_major", "tile_union"]
 
 __all__ = [
     "LoopOrder",
+    "Sketch",
     "block_sparse_attention",
     "compressed_attention",
+    "cow_copy",
     "list_blocks",
     "native_sparse_attention",
+    "paged_append",
+    "paged_attention",
+    "paged_gather",
     "select_top_k",
     "selected_attention",
     "window_attention",
@@ -353,7 +361,7 @@ def block_sparse_attention(
     checks.check_block_size(block_size)
     checks.check_lists(q, k, block_indices, block_counts, full_counts, tile, block_size)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    text = _encoded(scale, mask, score, sink, empty_rows)
+    text = encoded(scale, mask, score, sink, empty_rows)
     if not torch.compiler.is_dynamo_compiling():  # which cannot trace the parser
         check_program(parsed(text), q, operands)
     try:
@@ -363,8 +371,7 @@ def block_sparse_attention(
         )  # fmt: skip
     except NotImplementedError as error:
         raise OperatorError(
-            f"mask, score or sink cannot be computed: {error}. Expected arithmetic, comparisons, "
-            "Where, exp, log, sqrt, tanh, sin, cos, erf, floor, Mod, Abs, Min and Max."
+            f"mask, score or sink cannot be computed: {error}. Expected {COMPUTABLE}."
         ) from error
     return (out, lse) if return_lse else out
 
@@ -399,7 +406,7 @@ def list_blocks(
     checks.check_heads(q, k, k, ("q", "k", "k"))
     checks.check_tile(tile)
     checks.check_block_size(block_size)
-    text = _encoded(1.0, mask, None, None, "zero")
+    text = encoded(1.0, mask, None, None, "zero")
     if not torch.compiler.is_dynamo_compiling():
         check_program(parsed(text), q, operands)
     if capacity is not None and capacity < 1:
@@ -417,39 +424,6 @@ def list_blocks(
             f"capacity is {capacity}. Expected at least {int(found[1].max())}, the longest list."
         )
     return found
-
-
-@torch.compiler.assume_constant_result  # a formula is, and Dynamo cannot trace sympy
-def _encoded(
-    scale: float, mask: sympy.Basic | None, score: sympy.Expr | None, sink: sympy.Expr | None,
-    empty_rows: EmptyRows,
-) -> str:  # fmt: skip
-    return _program(scale, mask, score, sink, empty_rows)
-
-
-@functools.lru_cache(maxsize=1024)
-def _program(
-    scale: float, mask: sympy.Basic | None, score: sympy.Expr | None, sink: sympy.Expr | None,
-    empty_rows: EmptyRows,
-) -> str:  # fmt: skip
-    """A program as a string."""
-    keep = sympy.true if mask is None else sympy.sympify(mask)
-    if not expressions.is_predicate(keep):
-        raise OperatorError(f"mask is {keep}. Expected a Boolean, such as a comparison.")
-    if keep.has(expressions.x):
-        raise OperatorError(f"mask is {keep}. Expected none of the score in it, x.")
-    formulas = {"score": expressions.x if score is None else sympy.sympify(score)}
-    if sink is not None:
-        formulas["sink"] = sympy.sympify(sink)
-        if formulas["sink"].has(expressions.x, expressions.s):
-            raise OperatorError(f"sink is {sink}. Expected a formula of b, h and t only.")
-    for name, formula in formulas.items():
-        if expressions.is_predicate(formula):
-            raise OperatorError(f"{name} is {formula}. Expected a number, not a Boolean.")
-    if empty_rows not in ("zero", "uniform", "nan"):
-        raise OperatorError(f'empty_rows is "{empty_rows}". Expected "zero", "uniform" or "nan".')
-    program = ScoreProgram(scale=scale, keep=keep, empty_rows=empty_rows, **formulas)
-    return program.encode()
 
 
 def _compressed_tokens(

@@ -32,6 +32,7 @@ FLOORS = {  # module or sub-package -> floor; the longest name that fits counts
     "settings": 0,
     "kernels": 1,
     "ops": 1,
+    "ops_paged": 1,
     "passes": 2,
     "backend": 3,
     "inspect": 3,

@@ -44,7 +44,7 @@ def _logit_kernel(x_ptr, out_ptr, operands, places, b, h, LOGIT: tl.constexpr, N
 
 def request_of(program: ScoreProgram, operands: list[Tensor]) -> printed.Request:
     q = torch.zeros(1, 4, N, 1)
-    return printed.request(program.encode(), operands, q, q, approximate=False)
+    return printed.request(program.encode(), operands, q, q.shape[2], approximate=False)
 
 
 def environment(first: int = 0) -> dict[Any, Tensor]:

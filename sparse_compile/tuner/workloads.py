@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BLOCK, STRIDE = 32, 16  # of compressed keys, as in NSA
 SINKS, LOCAL = 1, 2
 TILE, LIST_BLOCK = 128, 128  # of lists of KV blocks, as the compiler makes them
+PAGE_SIZE = 16
 
 
 class Problem(NamedTuple):
@@ -279,6 +280,37 @@ def _selected_backward(shape: Shape, dtype: torch.dtype, device: torch.device) -
     return Problem(run, truth, _same)
 
 
+# keys and values in pages
+
+
+def _paged_facts(shape: Shape) -> dict[str, int]:
+    from sparse_compile.kernels.paged_attention_kernel import rows_of
+
+    rows = rows_of(shape.tokens, shape.group)
+    return {"head_dim": shape.head_dim, "page_size": PAGE_SIZE, "rows": rows}
+
+
+def _paged(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    from sparse_compile.kernels import paged_attention
+
+    n_entries = -(-shape.keys // PAGE_SIZE)
+    n_pages = shape.batch * n_entries
+    sizes = (n_pages, shape.kv_heads, 2, PAGE_SIZE, shape.head_dim)
+    pool = torch.randn(sizes, device=device).to(dtype)
+    table = torch.randperm(n_pages, device=device).int().view(shape.batch, n_entries)
+    lengths = torch.full((shape.batch,), shape.keys, dtype=torch.int32, device=device)
+    q = torch.randn(shape.batch, shape.query_heads, shape.tokens, shape.head_dim, device=device)
+    q, program = q.to(dtype), ScoreProgram(scale=shape.head_dim**-0.5)
+    rest = (table, lengths, None, [])
+    return Problem(
+        lambda: paged_attention.launch(q, pool, *rest, program.encode(), True, 0),
+        lambda: paged_attention.paged_attention_ref(
+            q.double(), pool.double(), *rest, program, True, 0
+        ),
+        _same,
+    )
+
+
 def _tuned(module: str, name: str) -> Callable[[], Any]:
     def load() -> Any:
         import importlib
@@ -313,6 +345,7 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "block_sparse_query_gradient": _block_sparse_gradient("QUERY_GRADIENT"),
     "block_sparse_key_gradient": _block_sparse_gradient("KEY_GRADIENT"),
+    "paged_attention": Workload(_tuned("paged_attention_kernel", "PAGED"), _paged_facts, _paged),
     "range_forward": _range_part("FORWARD", _range_forward),
     "range_query_gradient": _range_part("QUERY_GRADIENT", _range_backward),
     "range_key_gradient": _range_part("KEY_GRADIENT", _range_backward),
