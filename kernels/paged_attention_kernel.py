@@ -42,7 +42,7 @@ def default_tiles(head_dim: int, rows: int, itemsize: int) -> Tiles:
         rows: Rows of a program, a power of two.
         itemsize: Bytes of a number.
     """
-    block_n = 64 if padded(head_dim) * itemsize <= 256 else 32
+    block_n = 64 if padded(head_dim) * itemsize <= 256 else 32 if itemsize == 2 else 16
     return Tiles(block_n, 2, 4 if rows <= 64 else 8, 3 if itemsize == 2 else 1)
 
 
@@ -135,7 +135,7 @@ def _paged_kernel(
     highest = highest * unit
     if SINK is not None:
         sink = SINK(b, h[:, None], position[:, None], operands, places)
-        sink = tl.sum(tl.broadcast_to(sink, [BLOCK_M, 1]), 1)  # [BLOCK_M]
+        sink = tl.sum(tl.zeros([BLOCK_M, 1], tl.float32) + sink, 1)  # [BLOCK_M], also of a number
         sink = tl.where(live & (split == 0), sink, -float("inf"))  # counted once
         new = tl.maximum(highest, sink)
         reference = tl.where(new == -float("inf"), 0.0, new)

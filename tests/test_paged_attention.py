@@ -90,6 +90,7 @@ CASES = {
     ),
     "keeps-nothing": Case(lengths=(40,), tokens=3, formulas=(("keep", s > t),)),
     "sink": Case(lengths=(40, 0), tokens=3, formulas=(("sink", Load(0, h)),), operands=((6,),)),
+    "constant-sink": Case(lengths=(40,), tokens=3, formulas=(("sink", sympy.Float(0.5)),)),
     "large-logits": Case(lengths=(60,), tokens=3, std=6.0),
 }  # fmt: skip
 
