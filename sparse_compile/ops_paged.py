@@ -7,7 +7,7 @@ sequence, in its order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 __all__ = ["Sketch", "cow_copy", "paged_append", "paged_attention", "paged_gather"]
 
 
+@overload
+def paged_attention(
+    q: Tensor, pool: Tensor, block_table: Tensor, seq_lens: Tensor,
+    *, n_new: Tensor | None = ..., scale: float | None = ..., causal: bool = ...,
+    window: int | None = ..., mask: sympy.Basic | None = ..., score: sympy.Expr | None = ...,
+    sink: sympy.Expr | None = ..., operands: Sequence[Tensor] = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: Tensor, pool: Tensor, block_table: Tensor, seq_lens: Tensor,
+    *, n_new: Tensor | None = ..., scale: float | None = ..., causal: bool = ...,
+    window: int | None = ..., mask: sympy.Basic | None = ..., score: sympy.Expr | None = ...,
+    sink: sympy.Expr | None = ..., operands: Sequence[Tensor] = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def paged_attention(
     q: Tensor, pool: Tensor, block_table: Tensor, seq_lens: Tensor,
     *, n_new: Tensor | None = None, scale: float | None = None, causal: bool = True,

@@ -61,14 +61,18 @@ class Precompiler:
     Args:
         capability: For which GPUs, as 90.
         workers: Processes; all cores but one if left out.
+        niceness: How far they stand back behind others: 19 where one times launches meanwhile.
     """
 
-    def __init__(self, capability: int = compile_only.SM90, workers: int | None = None) -> None:
+    def __init__(
+        self, capability: int = compile_only.SM90, workers: int | None = None, niceness: int = 0
+    ) -> None:
         """Starts no process before the first task."""
         workers = workers or max(1, (os.cpu_count() or 2) - 1)
         self._pool = ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start
-        )
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start,
+            initargs=(niceness,),
+        )  # fmt: skip
         self._capability = capability
         self._futures: dict[Task, Future[Compiled]] = {}
 
@@ -90,9 +94,9 @@ class Precompiler:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start() -> None:
+def _start(niceness: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the pool
-    os.nice(19)  # the process that times launches kernels meanwhile
+    os.nice(niceness)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -203,7 +203,7 @@ class Tuner:
         if self.device.type != "cuda":
             return _Nothing()
         major, minor = torch.cuda.get_device_capability(self.device)
-        return Precompiler(10 * major + minor, workers)
+        return Precompiler(10 * major + minor, workers, niceness=19)
 
     def _path(self, kernel: str) -> Path:
         return self.folder / tuning_results.file_name(kernel, self.device_name)
