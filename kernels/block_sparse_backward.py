@@ -12,13 +12,13 @@ from torch import Tensor
 from sparse_compile.kernels import triton_functions as printed
 from sparse_compile.kernels.block_sparse_forward import (
     Tiles,
-    compiled,
     describe,
     list_strides,
     load_tile,
 )
 from sparse_compile.kernels.block_sparse_lists import readers
 from sparse_compile.kernels.delta import delta
+from sparse_compile.kernels.launching import are_compiled
 from sparse_compile.kernels.tuning import Tuned
 
 
@@ -287,7 +287,7 @@ def backward(
     if lse.numel() == 0 or n_keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), grads, torch.zeros_like(lse)
     ask = printed.request(
-        program, operands, q, n_keys, wanted=tuple(wanted), approximate=compiled()
+        program, operands, q, n_keys, wanted=tuple(wanted), approximate=are_compiled()
     )  # fmt: skip
     made = printed.functions(ask)
     problem = describe(q, k, v, block_indices, tile, block_size)

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import triton_functions as printed
-from sparse_compile.kernels.launching import padded, precision
+from sparse_compile.kernels.launching import are_compiled, padded, precision
+from sparse_compile.kernels.online_softmax import add_keys, add_sink, normalised
 from sparse_compile.kernels.tuning import Tuned
 
 
@@ -57,13 +58,7 @@ def _attend(
             )
         if not EVEN:
             z = tl.where((key < S)[None, :], z, -float("inf"))
-        new = tl.maximum(highest, tl.max(z, 1))
-        reference = tl.where(new == -float("inf"), 0.0, new) * unit
-        p = tl.exp2(z * unit - reference[:, None])
-        shrink = tl.exp2(highest * unit - reference)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new
+        acc, total, highest = add_keys(acc, total, highest, z, v, unit, PRECISION)
     return acc, total, highest
 
 
@@ -124,16 +119,10 @@ def _block_sparse_forward_kernel(
         operands, places, stride_k_s, stride_v_s, stride_i_n, unit, S,
         LOGIT, None, D, DV, PRECISION, EVEN, BLOCK // BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_N,
     )  # fmt: skip
-    highest = highest * unit
     if SINK is not None:
         sink = SINK(b, h, token, operands, places)
-        new = tl.maximum(highest, sink)
-        reference = tl.where(new == -float("inf"), 0.0, new)
-        shrink = tl.exp2(highest - reference)
-        acc = acc * shrink[:, None]
-        total = total * shrink + tl.exp2(sink - reference)
-        highest = new
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc, total, highest = add_sink(acc, total, highest, sink)
+    acc = normalised(acc, total)
     to = row * T + token
     tl.store(
         out_ptr + to[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -190,7 +179,7 @@ def forward(
     if out.numel() == 0:
         return out, lse
     made = printed.functions(
-        printed.request(program, operands, q, k.shape[2], approximate=compiled())
+        printed.request(program, operands, q, k.shape[2], approximate=are_compiled())
     )
     problem = describe(q, k, v, block_indices, tile, block_size)
     tiles = problem.choose(
@@ -248,8 +237,3 @@ def list_strides(tensor: Tensor) -> list[int]:
     """Strides, 0 for a batch or a head that all share."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return [0 if size == 1 and axis < 2 else stride for axis, (size, stride) in enumerate(pairs)]
-
-
-def compiled() -> bool:
-    """Whether kernels are compiled, not interpreted."""
-    return not triton.knobs.runtime.interpret

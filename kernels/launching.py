@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 
 
 class Repeated:
@@ -38,7 +39,7 @@ class Repeated:
 
 def padded(size: int) -> int:
     """Channels of a tile: a power of two, and as many as a product of tiles takes at least."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, triton.next_power_of_2(size))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -46,8 +47,18 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def are_compiled() -> bool:
+    """Whether kernels are compiled, not interpreted."""
+    return not triton.knobs.runtime.interpret
+
+
 def n_multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 on the CPU, where kernels are interpreted."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tiles can be read through tensor descriptors, as Hopper's copy engine (TMA) does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

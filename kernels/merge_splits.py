@@ -68,7 +68,7 @@ def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
         lse: Where to write its natural log-sum-exp, [...] float32, contiguous.
     """
     splits, value_dim = part.shape[-2:]
-    block_s, block_dv = 1 << (splits - 1).bit_length(), padded(value_dim)
+    block_s, block_dv = triton.next_power_of_2(splits), padded(value_dim)
     block_r = max(1, MERGED_NUMBERS // (block_s * block_dv))
     _merge_kernel[(triton.cdiv(lse.numel(), block_r),)](
         part, part_lse, out, lse, lse.numel(), value_dim, splits, block_s, block_dv, block_r

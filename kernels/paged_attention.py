@@ -19,6 +19,8 @@ from sparse_compile.kernels.paged_cache import paged_gather_ref
 from sparse_compile.kernels.program_attention_cpu import parsed
 
 if TYPE_CHECKING:
+    import sympy
+
     from sparse_compile.ir import ScoreProgram
 
 OP = "sparse_compile::paged_attention_v1"
@@ -35,7 +37,6 @@ torch.library.define(
 def paged_attention_ref(
     q: Tensor, pool: Tensor, block_table: Tensor, seq_lens: Tensor, n_new: Tensor | None,
     operands: Sequence[Tensor], program: ScoreProgram, causal: bool, window: int,
-    tokens: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the operator must compute, in plain PyTorch.
 
@@ -50,25 +51,35 @@ def paged_attention_ref(
         program: Of scores; `t` and `s` are positions in the sequence.
         causal: Whether a query reads only keys up to its own position.
         window: How many keys a query reads at most, its own the last; 0 for all.
-        tokens: Which of the queries to compute.
     Returns:
         The output [B, Hq, T, D] and the natural log-sum-exp [B, Hq, T]; 0 and -inf for a query that
         reads no key, or that there is not.
     """
-    acc = torch.promote_types(q.dtype, torch.float32)
-    (batch, heads, n_tokens, _), kv_heads = q.shape, pool.shape[1]
-    n_keys = block_table.shape[1] * pool.shape[3]
-    k, v = paged_gather_ref(pool, block_table, seq_lens, n_keys)
-    q = q[:, :, tokens]
-    t = torch.arange(n_tokens, device=q.device)[tokens]
+    k, v = paged_gather_ref(pool, block_table, seq_lens, block_table.shape[1] * pool.shape[3])
+    position = _positions(q.shape[2], seq_lens, n_new)
+    return _attend(q, k, v, seq_lens, position, operands, program, causal, window)
+
+
+def _positions(n_tokens: int, seq_lens: Tensor, n_new: Tensor | None) -> Tensor:
+    """Of the queries in their sequences, [B, T]; negative where there is none."""
+    t = torch.arange(n_tokens, device=seq_lens.device)
     count = n_tokens if n_new is None else n_new.long()[:, None]
-    position = seq_lens.long()[:, None] - count + t
-    there = (t < count) & (position >= 0)
+    return (seq_lens.long()[:, None] - count + t).masked_fill(t >= count, -1)
+
+
+def masked_logits(
+    q: Tensor, k: Tensor, seq_lens: Tensor, position: Tensor,
+    operands: Sequence[Tensor], program: ScoreProgram, causal: bool, window: int,
+) -> tuple[Tensor, dict[sympy.Symbol, Tensor]]:  # fmt: skip
+    """Logits [B, Hq, T, S], -inf where a key is not read, and what the program's symbols stand for."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     position = position[:, None, :, None]
-    s = torch.arange(n_keys, device=q.device)
+    there = position >= 0
+    s = torch.arange(k.shape[2], device=q.device)
     grouped = q.to(acc).unflatten(1, (kv_heads, -1))
     scores = (grouped @ k.to(acc).mT[:, :, None]).flatten(1, 2) * program.scale
-    keep = there[:, None, :, None] & (s < seq_lens.long()[:, None, None, None])
+    keep = there & (s < seq_lens.long()[:, None, None, None])
     if causal:
         keep = keep & (s <= position)
     if window:
@@ -80,32 +91,44 @@ def paged_attention_ref(
     }  # fmt: skip
     keep = keep & torch.as_tensor(evaluate(program.keep, env, operands, dtype=acc), device=q.device)
     logits = torch.where(keep, evaluate(program.score, env, operands, dtype=acc), -math.inf)
+    return logits, env
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor, position: Tensor,
+    operands: Sequence[Tensor], program: ScoreProgram, causal: bool, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of queries at `position` [B, T], negative where there is none, to gathered K and V."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    logits, env = masked_logits(q, k, seq_lens, position, operands, program, causal, window)
     sink = -math.inf
     if program.sink is not None:
         sink = evaluate(program.sink, env, operands, dtype=acc)
-    sink = torch.as_tensor(sink, dtype=acc, device=q.device).expand(*scores.shape[:3], 1)
-    sink = sink.masked_fill(~there[:, None, :, None], -math.inf)
+    sink = torch.as_tensor(sink, dtype=acc, device=q.device).expand(*logits.shape[:3], 1)
+    sink = sink.masked_fill((position < 0)[:, None, :, None], -math.inf)
     all_logits = torch.cat([logits, sink], -1)
     lse = all_logits.logsumexp(-1)
     # a row without keys has a log-sum-exp of -inf, and weights of 0
     weights = (logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-    out = weights.unflatten(1, (kv_heads, -1)) @ v.to(acc)[:, :, None]
+    out = weights.unflatten(1, (k.shape[1], -1)) @ v.to(acc)[:, :, None]
     return out.flatten(1, 2).to(q.dtype), lse
 
 
 def forward_cpu(q, pool, block_table, seq_lens, n_new, operands, program, causal, window):
     """The operator in tiles of queries, so that no more scores are held than fit a cache."""
     batch, heads, n_tokens, _ = q.shape
-    row = max(1, batch * heads * block_table.shape[1] * pool.shape[3])
-    step = max(1, TILE_NUMBERS // row)
+    k, v = paged_gather_ref(pool, block_table, seq_lens, block_table.shape[1] * pool.shape[3])
+    position = _positions(n_tokens, seq_lens, n_new)
+    step = max(1, TILE_NUMBERS // max(1, batch * heads * k.shape[2]))
     out, lse = _forward_fake(
         q, pool, block_table, seq_lens, n_new, operands, program, causal, window
     )
     for start in range(0, n_tokens, step):
         some = slice(start, start + step)
-        out[:, :, some], lse[:, :, some] = paged_attention_ref(
-            q, pool, block_table, seq_lens, n_new, operands, parsed(program), causal, window, some
-        )
+        out[:, :, some], lse[:, :, some] = _attend(
+            q[:, :, some], k, v, seq_lens, position[:, some], operands, parsed(program), causal,
+            window,
+        )  # fmt: skip
     return out, lse
 
 

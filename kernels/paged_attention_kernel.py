@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels import triton_functions as printed
-from sparse_compile.kernels.launching import n_multiprocessors, padded, precision
+from sparse_compile.kernels.launching import are_compiled, n_multiprocessors, padded, precision
 from sparse_compile.kernels.merge_splits import merge, n_splits
+from sparse_compile.kernels.online_softmax import add_keys, add_sink, normalised
 from sparse_compile.kernels.paged_kernels import find_pages
 from sparse_compile.kernels.tuning import Tuned
 
@@ -48,7 +49,7 @@ def default_tiles(head_dim: int, rows: int, itemsize: int) -> Tiles:
 
 def rows_of(n_tokens: int, group: int) -> int:
     """The (token, head) rows that a program would like to own."""
-    return max(16, min(128, 1 << (n_tokens * group - 1).bit_length()))
+    return max(16, min(128, triton.next_power_of_2(n_tokens * group)))
 
 
 @triton.jit(do_not_specialize=["T", "n_entries", "n_pages", "window", "stride_t_b"])
@@ -125,25 +126,13 @@ def _paged_kernel(
         if KEEP is not None:
             keep = keep & KEEP(b, h[:, None], position[:, None], s[None, :], operands, places)
         z = tl.where(keep, z, -float("inf"))
-        new = tl.maximum(highest, tl.max(z, 1))
-        reference = tl.where(new == -float("inf"), 0.0, new) * unit
-        p = tl.exp2(z * unit - reference[:, None])
-        shrink = tl.exp2(highest * unit - reference)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new
-    highest = highest * unit
+        acc, total, highest = add_keys(acc, total, highest, z, v, unit, PRECISION)
     if SINK is not None:
         sink = SINK(b, h[:, None], position[:, None], operands, places)
         sink = tl.sum(tl.zeros([BLOCK_M, 1], tl.float32) + sink, 1)  # [BLOCK_M], also of a number
         sink = tl.where(live & (split == 0), sink, -float("inf"))  # counted once
-        new = tl.maximum(highest, sink)
-        reference = tl.where(new == -float("inf"), 0.0, new)
-        shrink = tl.exp2(highest - reference)
-        acc = acc * shrink[:, None]
-        total = total * shrink + tl.exp2(sink - reference)
-        highest = new
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc, total, highest = add_sink(acc, total, highest, sink)
+    acc = normalised(acc, total)
     to = ((b * HEADS * GROUP + h) * T + t) * SPLITS + split  # [BLOCK_M]
     tl.store(
         out_ptr + to[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -177,9 +166,8 @@ def forward(
     if splits > 1:
         part = out.new_empty((*lse.shape, splits, head_dim), dtype=torch.float32)
         part_lse = lse.new_empty((*lse.shape, splits))
-    is_compiled = not triton.knobs.runtime.interpret
     made = printed.functions(
-        printed.request(program, operands, q, n_entries * page_size, approximate=is_compiled)
+        printed.request(program, operands, q, n_entries * page_size, approximate=are_compiled())
     )
     parsed = printed.parsed(program)
     unit = parsed.scale * printed.LOG2_E if printed.is_plain(parsed) else 1.0

@@ -29,7 +29,8 @@ torch.library.define(
 )
 torch.library.define(
     GATHER_OP,
-    "(Tensor pool, Tensor block_table, Tensor seq_lens, SymInt n_keys) -> (Tensor k, Tensor v)",
+    "(Tensor pool, Tensor block_table, Tensor seq_lens, SymInt n_keys, Tensor? codes=None, "
+    "Tensor? scales=None) -> (Tensor k, Tensor v)",  # a sketch is for what may replace the gather
 )
 torch.library.define(COPY_OP, "(Tensor(a!)[] tensors, Tensor sources, Tensor targets) -> ()")
 
@@ -164,7 +165,11 @@ def append(k, v, pool, block_table, seq_lens, n_new, codes, scales):
     paged_kernels.append(k, v, pool, block_table, seq_lens, n_new, codes, scales)
 
 
-def gather(pool, block_table, seq_lens, n_keys):
+def _gather_cpu(pool, block_table, seq_lens, n_keys, codes=None, scales=None):
+    return paged_gather_ref(pool, block_table, seq_lens, n_keys)
+
+
+def gather(pool, block_table, seq_lens, n_keys, codes=None, scales=None):
     """`paged_gather` by a Triton kernel."""
     from sparse_compile.kernels import paged_kernels
 
@@ -173,7 +178,7 @@ def gather(pool, block_table, seq_lens, n_keys):
 
 for _op, _cpu, _cuda in (
     (APPEND_OP, paged_append_ref, append),
-    (GATHER_OP, paged_gather_ref, gather),
+    (GATHER_OP, _gather_cpu, gather),
     (COPY_OP, cow_copy_ref, cow_copy_ref),
 ):
     torch.library.impl(_op, "cpu", _cpu)
@@ -186,7 +191,7 @@ def _append_fake(k, v, pool, block_table, seq_lens, n_new, codes, scales):
 
 
 @torch.library.register_fake(GATHER_OP)
-def _gather_fake(pool, block_table, seq_lens, n_keys):
+def _gather_fake(pool, block_table, seq_lens, n_keys, codes=None, scales=None):
     shape = (block_table.shape[0], pool.shape[1], n_keys, pool.shape[4])
     return pool.new_empty(shape), pool.new_empty(shape)
 

@@ -72,7 +72,7 @@ def check_new(
     k: Tensor, v: Tensor, pool: Tensor, block_table: Tensor, sketch: Sketch | None
 ) -> None:
     """Refuse new keys and values that do not fit the pool, and a sketch of another one."""
-    n_pages, heads, _, page_size, head_dim = pool.shape
+    heads, head_dim = pool.shape[1], pool.shape[4]
     batch = block_table.shape[0]
     for name, tensor in (("k", k), ("v", v)):
         fits = tensor.dim() == 4 and (*tensor.shape[:2], tensor.shape[3]) == (
@@ -88,8 +88,13 @@ def check_new(
                 f"{name} is {tensor.dtype} on {tensor.device}. Expected {pool.dtype} on "
                 f"{pool.device}, as pool."
             )
-    if sketch is None:
-        return
+    if sketch is not None:
+        check_sketch(pool, sketch)
+
+
+def check_sketch(pool: Tensor, sketch: Sketch) -> None:
+    """Refuse a sketch of another pool."""
+    n_pages, heads, _, page_size, head_dim = pool.shape
     if head_dim % 2:
         raise OperatorError(f"pool has head size {head_dim}. Expected an even one for a sketch.")
     shape = (n_pages, heads, page_size)
@@ -145,7 +150,7 @@ def check_places(
     page_size, end = pool.shape[3], seq_lens.long()
     begin = torch.zeros_like(end) if first is None else first.long().clamp(min=0)
     least = torch.as_tensor(minimum, device=end.device).expand_as(end)
-    short = (end < 0) | ((end > 0) & (end < least)) | (least < 0)
+    short = (end < 0) | ((end > 0) & (end < least))
     if bool(short.any()):
         row = int(short.nonzero()[0])
         raise OperatorError(
@@ -167,4 +172,16 @@ def check_places(
         raise OperatorError(
             f"block_table[{row}, {at}] is {int(block_table[row, at])}. Expected a page from 0 to "
             f"{pool.shape[0] - 1}, since the sequence has {int(end[row])} tokens."
+        )
+
+
+def check_counts(n_new: Tensor | None, n_tokens: int) -> None:
+    """Refuse more new tokens than a call brings; looks at values where it may."""
+    if n_new is None or not may_look(n_new):
+        return
+    bad = (n_new < 0) | (n_new > n_tokens)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise OperatorError(
+            f"n_new[{row}] is {int(n_new[row])}. Expected 0 to {n_tokens}, the tokens of this call."
         )

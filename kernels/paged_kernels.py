@@ -135,14 +135,14 @@ def append(
     """Write new tokens; arguments as of `paged_append_ref`."""
     batch, heads, n_tokens, head_dim = k.shape
     n_pages, page_size = pool.shape[0], pool.shape[3]
-    block_t = min(APPENDED, 1 << max(0, n_tokens - 1).bit_length())
+    block_t = min(APPENDED, triton.next_power_of_2(max(n_tokens, 1)))
     sketched = codes is not None and scales is not None
     _append_kernel[(batch * heads * triton.cdiv(n_tokens, block_t),)](
         k, v, pool, block_table, seq_lens, seq_lens if n_new is None else n_new,
         codes if sketched else pool, scales if sketched else pool,
         *k.stride(), *v.stride(), block_table.stride(0), n_tokens, block_table.shape[1], n_pages,
         heads, head_dim, page_size, n_new is None, sketched,
-        1 << ((head_dim + 1) // 2 - 1).bit_length(), block_t,
+        triton.next_power_of_2((head_dim + 1) // 2), block_t,
     )  # fmt: skip
 
 
@@ -156,6 +156,6 @@ def gather(
             for _ in range(2))  # fmt: skip
     _gather_kernel[(batch * heads * triton.cdiv(n_keys, GATHERED),)](
         pool, block_table, seq_lens, k, v, block_table.stride(0), n_keys, block_table.shape[1],
-        n_pages, heads, head_dim, page_size, 1 << (head_dim - 1).bit_length(), GATHERED,
+        n_pages, heads, head_dim, page_size, triton.next_power_of_2(head_dim), GATHERED,
     )  # fmt: skip
     return k, v

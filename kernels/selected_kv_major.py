@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_compile.kernels.launching import Repeated, padded, precision
+from sparse_compile.kernels.online_softmax import add_keys, normalised
 from sparse_compile.kernels.selected_lists import (
     UNROLLED,
     Geometry,
@@ -125,14 +126,8 @@ def _local_kernel(
         )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
         s = tl.dot(q, k, input_precision=PRECISION)
         s = tl.where(visible, s, -float("inf"))
-        new = tl.maximum(highest, tl.max(s, 1) * scale)
-        reference = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s * scale - reference[:, None])
-        shrink = tl.exp2(highest - reference)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new
-    acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        acc, total, highest = add_keys(acc, total, highest, s, v, scale, PRECISION)
+    acc = normalised(acc, total)
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     tl.store(
         out_ptr + to[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -272,7 +267,7 @@ def _merge(
             weight = tl.exp2(part_lse - reference)
             total += weight
             acc += part.to(tl.float32) * weight[:, None]
-    acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    acc = normalised(acc, total)
     if STARTED:  # the threads that write a row are not all that read what was there
         tl.debug_barrier()
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
@@ -357,6 +352,15 @@ def default_tiles(head_dim: int, value_dim: int, group: int, itemsize: int) -> T
     return Tiles(64, max(1, 512 // group), 4 if largest <= 192 else 8, 8, *registers)
 
 
+def _tiles_for(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tiles:
+    head_dim, value_dim, group = q.shape[3], v.shape[3], q.shape[1] // k.shape[1]
+    default = default_tiles(head_dim, value_dim, group, q.element_size())
+    return KV_MAJOR.choose(
+        default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
+        n_tokens=q.shape[2],
+    )  # fmt: skip
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, place: Geometry,
     *, block_size: int, scale: float, causal: bool,
@@ -369,11 +373,7 @@ def forward(
     lse = q.new_empty((batch, query_heads, n_tokens), dtype=torch.float32)
     local = causal and n_keys >= n_tokens
     if local:
-        default = default_tiles(head_dim, value_dim, group, q.element_size())
-        tiles = KV_MAJOR.choose(
-            default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
-            n_tokens=n_tokens,
-        )  # fmt: skip
+        tiles = _tiles_for(q, k, v, block_size)
         some = LOCAL_TOKENS if q.element_size() == 2 else 16  # more would spill
         n_tiles = triton.cdiv(n_tokens + (place.shift % some), some)
         _local_kernel[(batch * query_heads * n_tiles,)](
@@ -416,11 +416,7 @@ def attend(
     batch, query_heads, n_tokens, head_dim = q.shape
     heads, n_keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group, n_slots, rows = query_heads // heads, block_indices.shape[3], batch * heads
-    default = default_tiles(head_dim, value_dim, group, q.element_size())
-    tiles = KV_MAJOR.choose(
-        default, q, head_dim=head_dim, value_dim=value_dim, block_size=block_size, group=group,
-        n_tokens=n_tokens,
-    )  # fmt: skip
+    tiles = _tiles_for(q, k, v, block_size)
     bytes_ = value_dim * q.element_size() + 4
     chunks = cut(n_tokens, rows, group, n_slots, place.n_blocks, bytes_, SCRATCH_BYTES // 2)
     lists = build_lists(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparse_compile.kernels import selected_kv_major
 from sparse_compile.kernels.launching import n_multiprocessors, padded, precision
+from sparse_compile.kernels.online_softmax import add_keys, normalised
 from sparse_compile.kernels.selected_lists import Geometry, read_entry, read_position
 from sparse_compile.kernels.tuning import Tuned
 
@@ -205,14 +206,8 @@ def _tile_kernel(
         if not POSITIVE:
             s = s * scale
         s = tl.where(key[None, :] <= last[:, None], s, -float("inf"))
-        new = tl.maximum(highest, tl.max(s, 1) * size)
-        reference = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(s * size - reference[:, None])
-        shrink = tl.exp2(highest - reference)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        highest = new
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc, total, highest = add_keys(acc, total, highest, s, v, size, PRECISION)
+    acc = normalised(acc, total)
     to = (row * GROUP + head) * T + token  # out [B, Hq, T, Dv], lse [B, Hq, T]
     tl.store(
         out_ptr + to[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty),

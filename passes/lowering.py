@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +19,8 @@ from sparse_compile.passes.axes import Axis, resolve, size_of
 from sparse_compile.passes.candidates import Declined
 from sparse_compile.passes.distance_tables import Table, emit_table
 from sparse_compile.passes.lower_flex import emit_flex
+from sparse_compile.passes.lower_paged import PAGED_KERNELS, emit_paged, emit_progressive
+from sparse_compile.passes.paged_sites import Paged
 from sparse_compile.passes.programs import Factor, OperandRef, Proven, Source
 
 if TYPE_CHECKING:
@@ -43,15 +46,18 @@ def lower(emitter: Emitter, proven: Proven, plan: KernelPlan) -> fx.Node:
     keys = (roles.batch, roles.kv_heads, roles.keys, roles.head)
     values = (roles.batch, roles.kv_heads, roles.keys, roles.value)
     q = _operand(emitter, proven.q, queries, dtype)
-    k = _operand(emitter, proven.k, keys, dtype)
-    v = _operand(emitter, proven.v, values, dtype)
     for factor in proven.q_factors:
         q = _scaled(emitter, q, factor, (roles.batch, roles.query_heads, roles.queries, ()))
-    for factor in proven.v_factors:
-        v = _scaled(emitter, v, factor, (roles.batch, roles.kv_heads, roles.keys, ()))
-    out = _KERNELS[plan.kernel](emitter, proven, plan, q, k, v)
-    if proven.absorbed:
-        out = _with_absorbed_gradient(emitter, proven, q, k, v, out)
+    if plan.kernel in PAGED_KERNELS:
+        out = _paged_attention(emitter, proven, plan, q)
+    else:
+        k = _operand(emitter, proven.k, keys, dtype)
+        v = _operand(emitter, proven.v, values, dtype)
+        for factor in proven.v_factors:
+            v = _scaled(emitter, v, factor, (roles.batch, roles.kv_heads, roles.keys, ()))
+        out = _KERNELS[plan.kernel](emitter, proven, plan, q, k, v)
+        if proven.absorbed:
+            out = _with_absorbed_gradient(emitter, proven, q, k, v, out)
     for factor in proven.out_factors:
         out = _scaled(emitter, out, factor, (roles.batch, roles.query_heads, roles.queries, ()))
     wanted = candidate.out.node.meta["val"].dtype
@@ -190,6 +196,20 @@ def _program_attention(
         PROGRAM_OP.program_attention_v1.default, q, k, v, operands, program.encode(), p, seed
     )
     return emitter.call(operator.getitem, both, 0)
+
+
+def _paged_attention(emitter: Emitter, proven: Proven, plan: KernelPlan, q: fx.Node) -> fx.Node:
+    paged = proven.paged
+    assert isinstance(paged, Paged)
+    own = replace(proven, program=paged.program, operands=paged.operands)
+    program, refs = closed_program(own)
+    device = q.meta["example_value"].device
+    operands = [operand_node(emitter, proven, ref, device) for ref in refs]
+    if plan.kernel == "progressive_attention":
+        return emit_progressive(
+            emitter, paged, q, program, operands, proven.program.empty_rows, plan.flags
+        )
+    return emit_paged(emitter, paged, q, program, operands, proven.program.empty_rows)
 
 
 def _selected_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -20,6 +20,9 @@ from sparse_compile.passes.candidates import DROPPED, Candidate, Cut, Declined, 
 from sparse_compile.passes.distance_tables import Table, find_table
 from sparse_compile.passes.elements import ElementEvaluator, Unproven
 from sparse_compile.passes.roles import Roles, Source, assign_roles, sources
+
+if TYPE_CHECKING:
+    from sparse_compile.passes.paged_sites import Paged
 
 ABSORBED = -1e8  # a finite fill below this swallows any float32 score it is added to
 
@@ -69,6 +72,7 @@ class Proven:
     q_factors: tuple[Factor, ...] = ()
     v_factors: tuple[Factor, ...] = ()
     out_factors: tuple[Factor, ...] = ()
+    paged: Paged | ir.Reason | None = None  # where K and V are gathered from pages
 
     @property
     def is_dense_bias(self) -> bool:
@@ -347,13 +351,9 @@ def prove(
     if candidate.dropout_p:
         builder.transforms.append(ir.Dropout(p=candidate.dropout_p))
     program = ir.ScoreProgram(
-        scale=float(builder.scale),
-        score=score,
-        keep=keep,
-        empty_rows=empty_rows,
-        sink=builder.sink,
-        weight=weight,
-    )
+        scale=float(builder.scale), score=score, keep=keep, empty_rows=empty_rows,
+        sink=builder.sink, weight=weight,
+    )  # fmt: skip
     return Proven(
         candidate=candidate,
         roles=roles,

@@ -19,11 +19,13 @@ from torch import fx
 from sparse_compile.ir import KernelPlan, Reason
 from sparse_compile.passes.candidates import Declined
 from sparse_compile.passes.emit import Emitter, set_example_value
+from sparse_compile.passes.lower_paged import PAGED_KERNELS
 from sparse_compile.passes.lowering import lower
 from sparse_compile.passes.mutation import first_write, overwritten
+from sparse_compile.passes.paged_sites import Paged
 
 if TYPE_CHECKING:
-    from sparse_compile.passes.programs import Proven
+    from sparse_compile.passes.programs import OperandRef, Proven
     from sparse_compile.passes.shadow import Shadow
 
 
@@ -80,12 +82,12 @@ def _write(emitter: Emitter, proven: Proven, plan: KernelPlan) -> Replacement:
     if plan.flags.get("kept"):
         return Replacement(value=emitter.shadow.origins.get(out))
     try:
-        reads = [proven.q.tensor.node, proven.k.tensor.node, proven.v.tensor.node]
-        reads += [node for ref in proven.operands for node in ref.nodes]
+        fixed, operands = _inputs(proven, plan)
+        reads = [*fixed, *(node for ref in operands for node in ref.nodes)]
         factors = (*proven.q_factors, *proven.v_factors, *proven.out_factors)
         reads += [factor.term for factor in factors if factor.term is not None]
         while (lost := overwritten(emitter.shadow, reads, out)) is not None:
-            if lost in reads[:3] or not _save(emitter, lost, out):
+            if lost in fixed or not _save(emitter, lost, out):
                 name = lost.name
                 raise Declined("overwritten", f"{name} is overwritten before the attention ends")
             reads.remove(lost)
@@ -99,6 +101,16 @@ def _write(emitter: Emitter, proven: Proven, plan: KernelPlan) -> Replacement:
     recomputed = tuple(emitter.replaced.items())
     emitter.replaced[out] = replacement
     return Replacement(new=tuple(emitter.new[start:]), value=replacement, recomputed=recomputed)
+
+
+def _inputs(proven: Proven, plan: KernelPlan) -> tuple[tuple[fx.Node, ...], tuple[OperandRef, ...]]:
+    """What a replacement reads: Q and where its keys and values are, and what formulas load from."""
+    if plan.kernel in PAGED_KERNELS:
+        assert isinstance(proven.paged, Paged)
+        is_sparse = plan.kernel == "progressive_attention"
+        reads = proven.paged.sketched if is_sparse else proven.paged.reads
+        return (proven.q.tensor.node, *reads), proven.paged.operands
+    return tuple(source.tensor.node for source in (proven.q, proven.k, proven.v)), proven.operands
 
 
 def _save(emitter: Emitter, node: fx.Node, out: fx.Node) -> bool:
@@ -215,6 +227,8 @@ def has_effect(node: fx.Node) -> bool:
         return True
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if getattr(target, "__module__", "") in ("_operator", "math", "builtins"):
         return target in (operator.setitem, operator.delitem) or _is_in_place(target.__name__)
     name = getattr(target, "__name__", "")

@@ -12,6 +12,7 @@ from sparse_compile.passes import vocabulary as voc
 from sparse_compile.passes.axes import size_of
 from sparse_compile.passes.distance_tables import Table
 from sparse_compile.passes.mutation import mutated_arguments, storage_root
+from sparse_compile.passes.paged_sites import gather_of
 from sparse_compile.passes.roles import index_map
 
 if TYPE_CHECKING:
@@ -87,12 +88,18 @@ def _operand(ref: OperandRef, shadow: Shadow) -> ir.Operand:
 
 
 def _kv_source(node: fx.Node) -> ir.KvSource:
-    """`static_cache` where K is read from a tensor of the caller's that the graph writes into."""
+    """Where K comes from.
+
+    `paged` where it is gathered from pages, `static_cache` where it is read from a tensor of the
+    caller's that the graph writes into.
+    """
     seen = 0
     while seen < 8:
         if mutated_arguments(node):
             return "static_cache"
         root = storage_root(node)
+        if gather_of(node, 0) is not None:
+            return "paged"
         if root is node:
             return (
                 "static_cache" if voc.op_name(node) in ("index_copy", "index_put") else "contiguous"

@@ -3,8 +3,8 @@
 Both sides read the same random tensors where Q, K, V and everything else enter; all arithmetic is
 float64 wherever the operators allow it. A proof that is wrong shows as a difference of order one.
 
-A replacement that selects KV blocks is meant to differ. It is run with all of them selected, where it
-must not: that checks all but which blocks are chosen, and the verdict says so.
+A replacement that selects KV blocks or pages is meant to differ. It is run with all of them selected,
+where it must not: that checks all but which are chosen, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from sparse_compile.passes.mutation import mutated_arguments, opaque, storage_root
+from sparse_compile.passes.paged_sites import Paged
 
 if TYPE_CHECKING:
     from sparse_compile.passes.programs import Proven
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sparse_compile.passes.shadow import Shadow
 
 SELECTION = "sparse_compile.top_k_selection.default"
+PROGRESSIVE = "sparse_compile.progressive_attention_v1.default"
 TOLERANCE = 1e-5  # casts to float32 inside the model leave errors of this order
 MAX_ELEMENTS = 2**24  # a larger score tensor is not built
 SEED = 0
@@ -62,8 +64,10 @@ def validate(proven: Proven, shadow: Shadow, replacement: Replacement) -> str:
     except Exception as error:
         return f"failed: the replacement raised {type(error).__name__}: {error}"
     verdict = _compare(original, ours)
-    is_selected = any(str(node.target) == SELECTION for node in replacement.new)
-    return f"{verdict}, with k covering all KV blocks" if is_selected else verdict
+    targets = {str(node.target) for node in replacement.new}
+    if SELECTION in targets:
+        return f"{verdict}, with k covering all KV blocks"
+    return f"{verdict}, with all pages read" if PROGRESSIVE in targets else verdict
 
 
 def _compare(original: torch.Tensor, ours: torch.Tensor) -> str:
@@ -99,6 +103,8 @@ class _Inputs:
     def of_shadow(self, proven: Proven) -> Callable[[fx.Node], Any]:
         """Gives values for the shadow: leaves are random, everything else is computed."""
         leaves = {source.tensor.node for source in (proven.q, proven.k, proven.v)}
+        if isinstance(proven.paged, Paged):  # the pages are random, and what is gathered is not
+            leaves = {proven.q.tensor.node}
 
         def given(node: fx.Node) -> Any:
             leaf = node in leaves or node.op in ("placeholder", "get_attr")
@@ -188,11 +194,15 @@ class _Runner:
         kwargs: Mapping[str, Any] = pytree.tree_map_only(fx.Node, known, dict(node.kwargs))
         kwargs = {k: "cpu" if k == "device" and v is not None else v for k, v in kwargs.items()}
         args, kwargs = pytree.tree_map_only(torch.dtype, _wide, (args, kwargs))
+        if _counts_up(node):  # what was read before must keep its value
+            args = (args[0].clone(), *args[1:])
         if node.op == "call_method":
             name = "double" if node.target in ("half", "bfloat16", "float") else str(node.target)
             result = getattr(args[0], name)(*args[1:], **kwargs)
         elif str(node.target) == SELECTION:
             result = node.target(*_of_all_blocks(*args))  # type: ignore[operator]
+        elif str(node.target) == PROGRESSIVE:
+            result = node.target(*_of_all_pages(node, args))  # type: ignore[operator]
         elif node.op == "call_function":
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         else:
@@ -200,9 +210,28 @@ class _Runner:
         return pytree.tree_map_only(torch.Tensor, _widened, result)
 
 
+def _counts_up(node: fx.Node) -> bool:
+    """Whether a node writes whole numbers into an input, such as the length of a cache."""
+    written = mutated_arguments(node)
+    return (
+        len(written) == 1
+        and written[0] is node.args[0]
+        and storage_root(written[0]).op == "placeholder"
+        and not node.meta["val"].is_floating_point()
+    )
+
+
 def _of_all_blocks(q: Any, k: Any, n_selected: int, block_size: int, *rest: Any) -> tuple[Any, ...]:
     """The arguments of a selection, with as many KV blocks to select as there are."""
     return q, k, -(-k.shape[2] // block_size), block_size, *rest
+
+
+def _of_all_pages(node: fx.Node, args: Sequence[Any]) -> list[Any]:
+    """The arguments of progressive attention, with all of the mass to read and no cap."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    changed: dict[str, Any] = {"p": 1.0, "max_pages": 0}
+    return [changed.get(name, value) for name, value in zip(names, args, strict=True)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -27,8 +27,7 @@ Scores = Literal["bounds", "mean"]
 
 PREFIX = "sparse_compile."
 NOT_YET = {  # policy -> what it waits for; delete a line when that policy can run
-    "top_p": "the sparse kernels",
-    "native": "the sparse kernels",
+    "native": "the module that learns its selection",
 }
 
 
@@ -37,7 +36,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Args:
         policy: What the user accepts: `exact`, `top_p`, `top_k` or `native`.
-        p: Share of softmax mass every row keeps, in (0, 1]; only with `top_p`, 0.95 there.
+        p: Share of softmax mass that decoding reads of pages, in (0, 1]; only with `top_p`, 0.95
+            there.
         k: KV blocks every row reads, at most 64; only with `top_k`, 16 there.
         block_size: Key positions in a KV block: 16, 32, 64 or 128.
         min_tokens: Sites with fewer key positions stay exact; not with `exact`.

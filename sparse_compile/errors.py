@@ -45,3 +45,7 @@ class OutOfPagesError(SparseCompileError, RuntimeError):
 
 class PageError(SparseCompileError, ValueError):
     """A page is given back, shared or written that is not held; nothing was changed."""
+
+
+class TooLongError(SparseCompileError, ValueError):
+    """A sequence would be longer than its block table or its pool; nothing was changed."""

@@ -21,6 +21,7 @@ from sparse_compile.kernels.formulas import COMPUTABLE, encoded
 from sparse_compile.kernels.program_attention import check_program
 from sparse_compile.kernels.program_attention_cpu import parsed
 from sparse_compile.ops_paged import Sketch, cow_copy, paged_append, paged_attention, paged_gather
+from sparse_compile.ops_progressive import Progress, progressive_attention
 
 if TYPE_CHECKING:
     import sympy
@@ -31,6 +32,7 @@ LoopOrder = Literal["query_major", "kv_major", "tile_union"]
 
 __all__ = [
     "LoopOrder",
+    "Progress",
     "Sketch",
     "block_sparse_attention",
     "compressed_attention",
@@ -40,6 +42,7 @@ __all__ = [
     "paged_append",
     "paged_attention",
     "paged_gather",
+    "progressive_attention",
     "select_top_k",
     "selected_attention",
     "window_attention",

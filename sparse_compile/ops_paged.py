@@ -51,8 +51,8 @@ def paged_attention(
 
     Decoding (T = 1), prefill by chunks and whole prompts are one function. The queries are the last
     tokens of their sequence, whose keys and values `paged_append` has written. Nothing waits for the
-    device, and no shape depends on lengths: a CUDA graph can hold it. The output does not depend on
-    which pages hold a sequence, nor on the others of the batch.
+    device, and no shape depends on lengths: a CUDA graph can hold it. But for rounding,
+    the output depends neither on which pages hold a sequence nor on the others of the batch.
 
     Formulas are written with the symbols of `sparse_compile.expressions`: `b` a row of the table,
     `h` a query head, `t` and `s` positions in the sequence, `x` the score; `Load(i, ...)` reads an
@@ -96,6 +96,7 @@ def paged_attention(
     if window is not None and window < 1:
         raise OperatorError(f"window is {window}. Expected 1 or more, or None.")
     count = q.shape[2] if n_new is None else n_new
+    paged_checks.check_counts(n_new, q.shape[2])
     paged_checks.check_places(pool, block_table, seq_lens, minimum=count)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     text = encoded(scale, mask, score, sink, "zero")
@@ -156,35 +157,46 @@ def paged_append(
     paged_checks.check_new(k, v, pool, block_table, sketch)
     refuse_gradients(k=k, v=v, pool=pool)
     count = k.shape[2] if n_new is None else n_new
+    paged_checks.check_counts(n_new, k.shape[2])
     paged_checks.check_places(pool, block_table, seq_lens, first=seq_lens - count, minimum=count)
     codes, scales = (None, None) if sketch is None else sketch
     torch.ops.sparse_compile.paged_append(k, v, pool, block_table, seq_lens, n_new, codes, scales)
 
 
 def paged_gather(
-    pool: Tensor, block_table: Tensor, seq_lens: Tensor, *, n_keys: int
-) -> tuple[Tensor, Tensor]:
+    pool: Tensor, block_table: Tensor, seq_lens: Tensor, *, n_keys: int,
+    sketch: Sketch | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Read sequences back from their pages.
+
+    In a model that our backend compiles, attention to what is gathered reads the pages in its place.
 
     Args:
         pool: Keys and values, [P, Hkv, 2, N, D].
         block_table: Pages of each sequence, [B, L] int32, -1 where there is none.
         seq_lens: Tokens of each sequence, [B] int32.
         n_keys: How many positions to read of each.
+        sketch: Of the pool's keys. Nothing is read of it here; a compiled model needs it where its
+            policy is `top_p` or `top_k`.
 
     Returns:
         Keys and values, [B, Hkv, n_keys, D] each, 0 behind the end of a sequence.
 
     Raises:
-        OperatorError: An argument has a wrong shape, dtype, device or value; values are looked at
-            as in `paged_append`, and what has no page is 0.
+        OperatorError: An argument has a wrong shape, dtype, device or value, or pool requires grad;
+            values are looked at as in `paged_append`, and what has no page is 0.
     """
     paged_checks.check_pool(pool)
     paged_checks.check_table(pool, block_table, seq_lens=seq_lens)
+    refuse_gradients(pool=pool)
     if n_keys < 0:
         raise OperatorError(f"n_keys is {n_keys}. Expected 0 or more.")
     paged_checks.check_places(pool, block_table, seq_lens.clamp(max=n_keys))
-    return torch.ops.sparse_compile.paged_gather(pool, block_table, seq_lens, n_keys)
+    if sketch is not None:
+        paged_checks.check_sketch(pool, sketch)
+    return torch.ops.sparse_compile.paged_gather(
+        pool, block_table, seq_lens, n_keys, *(sketch or ())
+    )
 
 
 def cow_copy(tensors: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:

@@ -26,6 +26,7 @@ from sparse_compile.passes.detect import Found, find_candidates
 from sparse_compile.passes.elements import ElementEvaluator
 from sparse_compile.passes.equal_nodes import representatives
 from sparse_compile.passes.mutation import frozen_nodes
+from sparse_compile.passes.paged_sites import with_pages
 from sparse_compile.passes.programs import Proven, prove
 from sparse_compile.passes.provenance import UniqueNames, source_line
 from sparse_compile.passes.rewrite import Replacement, rewrite
@@ -254,7 +255,8 @@ def _prove(item: _Work, evaluator: ElementEvaluator, shadow: Shadow) -> None:
     if item.found.candidate is None:
         return
     try:
-        item.proven = prove(item.found.candidate, evaluator, shadow.differentiable)
+        proven = prove(item.found.candidate, evaluator, shadow.differentiable)
+        item.proven = with_pages(proven, evaluator, shadow.differentiable)
     except Declined as declined:
         item.decline(declined.reason)
         return

@@ -13,12 +13,14 @@ from sparse_compile import expressions as ex
 from sparse_compile.cost_formulas import DENSE, TILE_SHARED, TILE_TOKENS
 from sparse_compile.costs import Overlap, Problem
 from sparse_compile.expressions import Load
-from sparse_compile.ir import KernelPlan
+from sparse_compile.ir import KernelPlan, Reason
 from sparse_compile.kernels import block_sparse
 from sparse_compile.kernels.selected_attention import LOOP_ORDERS
+from sparse_compile.kernels.triton_text import unprintable
 from sparse_compile.passes.lower_flex import flex_supported
 
 if TYPE_CHECKING:
+    from sparse_compile.passes.paged_sites import Paged
     from sparse_compile.passes.programs import Proven
 
 Size = int | torch.SymInt | sympy.Expr
@@ -66,6 +68,26 @@ def plan(proven: Proven, *, device: torch.device, training: bool) -> KernelPlan:
     return KernelPlan(
         kernel="program_attention",
         why=f"{what}: computed tile by tile from the formula; flex_attention: {refused}",
+    )
+
+
+def plan_paged(paged: Paged, device: torch.device) -> KernelPlan | Reason:
+    """The kernel for a site whose keys and values are in pages, or why it cannot be used."""
+    program = paged.program
+    for formula in (program.score, program.keep, program.sink):
+        unknown = None if formula is None or device.type == "cpu" else unprintable(formula)
+        if unknown is not None:
+            return Reason(code="paged-formula", message=f"the kernel has no text for {unknown}")
+    parts = ["causal"] if paged.causal else []
+    parts += [f"window of {paged.window}"] if paged.window else []
+    parts += ["mask formula"] if program.keep is not sympy.true else []
+    parts += ["score formula"] if program.score != ex.x else []
+    parts += ["sink"] if program.sink is not None else []
+    listed = ", ".join(parts) or "all keys of the sequence"
+    return KernelPlan(
+        kernel="paged_attention",
+        flags={"causal": paged.causal, "window": paged.window},
+        why=f"K and V are read from their pages, nothing is gathered: {listed}",
     )
 
 

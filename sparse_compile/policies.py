@@ -19,7 +19,8 @@ from sparse_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from sparse_compile.kernels.top_k_selection import largest_head_dim
 from sparse_compile.passes.axes import size_of
 from sparse_compile.passes.lowering import compute_dtype
-from sparse_compile.planner import Size, plan, plan_selected
+from sparse_compile.passes.paged_sites import Paged
+from sparse_compile.planner import Size, plan, plan_paged, plan_selected
 
 if TYPE_CHECKING:
     from sparse_compile.config import Config
@@ -37,15 +38,78 @@ def plan_site(
         device: Where it runs.
         training: Whether it needs gradients.
     """
-    exact = plan(proven, device=device, training=training)
+    exact = _exact(proven, device=device, training=training)
     if config.policy == "exact":
         return exact
-    assert config.policy == "top_k", config.policy  # `Config.from_options` refuses the others
-    found = _why_not_top_k(proven, config, device)
-    if found is None:
-        return _top_k(proven, config, exact, device=device, training=training)
-    why = f"exact, not top_k ({found}); {exact.why}"
+    if proven.paged is not None:
+        found = _why_all_pages(proven, config, exact)
+        if found is None:
+            return _some_pages(proven, config)
+    elif config.policy == "top_k":
+        found = _why_not_top_k(proven, config, device)
+        if found is None:
+            return _top_k(proven, config, exact, device=device, training=training)
+    else:
+        message = "K and V are not in pages: top_p is for decoding with a PagedKVCache"
+        found = Reason(code="no-pages", message=message)
+    why = f"exact, not {config.policy} ({found}); {exact.why}"
     return msgspec.structs.replace(exact, why=why, not_policy=found)
+
+
+def _exact(proven: Proven, *, device: torch.device, training: bool) -> KernelPlan:
+    """The kernel that computes a site's own function."""
+    if proven.paged is None:
+        return plan(proven, device=device, training=training)
+    reason = proven.paged
+    if not isinstance(reason, Reason):
+        found = plan_paged(proven.paged, device)
+        if isinstance(found, KernelPlan):
+            return found
+        reason = found
+    exact = plan(proven, device=device, training=training)
+    why = f"K and V stay gathered from their pages ({reason}); {exact.why}"
+    return msgspec.structs.replace(exact, why=why)
+
+
+def _why_all_pages(proven: Proven, config: Config, exact: KernelPlan) -> Reason | None:
+    """Why a site whose K and V are in pages reads all of them; None if it need not."""
+    paged = proven.paged
+    if exact.kernel != "paged_attention" or not isinstance(paged, Paged):
+        return Reason(code="gathered", message="K and V stay gathered from their pages")
+    if size_of(proven.roles.queries) != 1:
+        message = "only decoding selects pages: one query a sequence, and here there may be more"
+        return Reason(code="many-queries", message=message)
+    if paged.sketch is None:
+        message = "there is no sketch of the keys; PagedKVCache(sketch=True) keeps one"
+        return Reason(code="no-sketch", message=message)
+    if paged.program.sink is not None:
+        return Reason(code="sink", message="progressive attention has no sink in its softmax")
+    head = size_of(proven.roles.head)
+    if not head.is_Integer or head % 2:
+        return Reason(code="head-dim", message=f"a sketch has pairs of channels, not {head}")
+    return _too_short(proven, config)
+
+
+def _some_pages(proven: Proven, config: Config) -> KernelPlan:
+    """Progressive attention: until a share of the mass is read, or as many pages as `k` says."""
+    paged = proven.paged
+    assert isinstance(paged, Paged)
+    page_size = int(paged.pool.meta["val"].shape[3])
+    if config.policy == "top_p":
+        p, first, last, most = config.p, 1, 2, 0
+        how = f"pages by falling mass, as the sketch has it, until {p} is verified"
+    else:
+        assert config.k is not None
+        pages = -(-config.block_size // page_size)  # of a KV block
+        p, most = 1.0, config.k * pages
+        first, last = (n * pages for n in config.forced_blocks())
+        how = f"the {most} pages of {page_size} keys that weigh most by the sketch"
+    return KernelPlan(
+        kernel="progressive_attention",
+        flags={"p": p, "sinks": first, "local": last, "max_pages": most},
+        why=f"{how}, {first} first and {last} last among them",
+        policy=config.policy,
+    )
 
 
 def _why_not_top_k(proven: Proven, config: Config, device: torch.device) -> Reason | None:
@@ -106,8 +170,11 @@ def _other_sizes(proven: Proven, config: Config, device: torch.device) -> Reason
         return Reason(code="head-dim", message=message)
     if dtype not in DTYPES and (device.type, dtype) != ("cpu", torch.float64):
         return Reason(code="dtype", message=f"selected attention has no {dtype} on {device.type}")
-    n_keys = _size(proven, size_of(roles.keys))
-    if config.min_tokens and n_keys < config.min_tokens:
+    return _too_short(proven, config)
+
+
+def _too_short(proven: Proven, config: Config) -> Reason | None:
+    if config.min_tokens and _size(proven, size_of(proven.roles.keys)) < config.min_tokens:
         message = f"fewer than {config.min_tokens} key positions"
         return Reason(code="min-tokens", message=message)
     return None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick_interpreter import prepare_once_a_launch
+
 SEED = 0
 
 
@@ -18,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+        prepare_once_a_launch()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from tests.test_paged_attention import ALIBI, CASES, Case
 
 pytestmark = pytest.mark.gpu
 
+# of tanh.approx.f32, which bfloat16 gets; eager rounds its scores by four times as much
+TANH_STEP = 2**-11
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = CASES | {
     "D64": Case(dim=64, lengths=(900, 17), entries=60, tokens=130, group=7),
@@ -51,7 +54,10 @@ def test_attention_is_that_of_the_reference(name: str, dtype: str) -> None:
     assert_close_derived(found[0], exact[0], [rough[0], natural])
     finite = exact[1].isfinite()
     logit = float(exact[1][finite].abs().max()) if bool(finite.any()) else 0.0
-    natural = exact[1] + (logit + case.dim**0.5) * torch.finfo(torch.float32).eps
+    step = torch.finfo(torch.float32).eps
+    if q.dtype == torch.bfloat16 and case.program.score.has(sympy.tanh):
+        step = TANH_STEP
+    natural = exact[1] + (logit + case.dim**0.5) * step
     assert_close_derived(found[1], exact[1], [rough[1], natural], name="lse")
 
 

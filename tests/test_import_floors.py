@@ -33,6 +33,7 @@ FLOORS = {  # module or sub-package -> floor; the longest name that fits counts
     "kernels": 1,
     "ops": 1,
     "ops_paged": 1,
+    "ops_progressive": 1,
     "passes": 2,
     "backend": 3,
     "inspect": 3,

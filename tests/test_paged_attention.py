@@ -211,6 +211,10 @@ GIVEN = {
             r"seq_lens\[0\] is 2. .* the 3 tokens",
         ),
         ({"block_table": TABLE + 3}, r"block_table\[0, 1\] is 4. Expected a page from 0 to 3"),
+        (
+            {"n_new": torch.tensor([4], dtype=torch.int32)},
+            r"n_new\[0\] is 4. Expected 0 to 3, the tokens of this call",
+        ),
         ({"window": 0}, "window is 0. Expected 1 or more, or None"),
         ({"mask": s + t}, "mask is s . t. Expected a Boolean"),
         ({"mask": Load(0, s) > 0}, "operands holds 0 tensors"),

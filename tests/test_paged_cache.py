@@ -201,6 +201,8 @@ APPENDED = {"k": K, "v": K, "pool": POOL, "block_table": TABLE, "seq_lens": LENG
         ({"seq_lens": LENGTH[None]}, r"seq_lens has shape \(1, 1\). Expected \[1\]"),
         ({"seq_lens": numbers([2])}, r"seq_lens\[0\] is 2. Expected 0, or at least the 3 tokens"),
         ({"seq_lens": numbers([33])}, r"seq_lens\[0\] is 33. Expected at most 32"),
+        ({"n_new": numbers([4])}, r"n_new\[0\] is 4. Expected 0 to 3, the tokens of this call"),
+        ({"n_new": numbers([-1])}, r"n_new\[0\] is -1. Expected 0 to 3"),
         ({"n_new": numbers([1, 1])}, r"n_new has shape \(2,\). Expected \[1\]"),
         ({"sketch": Sketch.empty(POOL[:2])}, "sketch.codes is .* `Sketch.empty"),
     ],
@@ -213,6 +215,8 @@ def test_wrong_arguments_are_named(changed: dict[str, object], says: str) -> Non
 def test_wrong_arguments_of_reads_and_copies_are_named() -> None:
     with pytest.raises(OperatorError, match=r"n_keys is -1\. Expected 0 or more"):
         ops.paged_gather(POOL, TABLE, LENGTH, n_keys=-1)
+    with pytest.raises(OperatorError, match=r"pool requires grad\. Expected none"):
+        ops.paged_gather(POOL.clone().requires_grad_(), TABLE, LENGTH, n_keys=1)
     with pytest.raises(OperatorError, match=r"targets has 2 pages\. Expected 1, as sources"):
         ops.cow_copy([POOL], numbers([0]), numbers([1, 2]))
     with pytest.raises(OperatorError, match=r"sources is \[7\]. Expected pages from 0 to 3"):

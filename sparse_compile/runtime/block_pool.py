@@ -56,11 +56,11 @@ class BlockPool:
         """Pages that `allocate` can give."""
         return len(self._free) + len(self._cached)
 
-    def allocate(self, n: int = 1) -> list[int]:
-        """Take pages for writing, each with one reference.
+    def require(self, n: int) -> None:
+        """Refuse what `allocate` could not give.
 
         Raises:
-            OutOfPagesError: Fewer are free or cached; none was taken.
+            OutOfPagesError: Fewer pages are free or cached.
         """
         if n > len(self._free) + len(self._cached):
             raise OutOfPagesError(
@@ -69,6 +69,14 @@ class BlockPool:
                 "  Expected that many to be left; nothing was changed.\n"
                 "  Release, swap out or preempt a request, or make the pool larger."
             )
+
+    def allocate(self, n: int = 1) -> list[int]:
+        """Take pages for writing, each with one reference.
+
+        Raises:
+            OutOfPagesError: Fewer are free or cached; none was taken.
+        """
+        self.require(n)
         split = max(0, len(self._free) - n)
         taken = self._free[split:]
         del self._free[split:]

@@ -76,16 +76,25 @@ class BlockTable:
             raise PageError(
                 f"n_tokens is {n_tokens}.\n  Expected 0 or more.\n  `truncate` takes tokens away."
             )
-        copies = self._copies_last(n_tokens)
         taken = self.pool.allocate(self.needed(n_tokens))
         found = []
-        if copies:
-            shared, self._pages[-1] = self._pages[-1], taken[0]
-            self.pool.release([shared])
-            found = [Copy(shared, taken[0])]
-        self._pages += taken[copies:]
+        if self._copies_last(n_tokens):
+            found = [self._replace_last(taken.pop(0))]
+        self._pages += taken
         self._n_tokens += n_tokens
         return found
+
+    def separate(self) -> list[Copy]:
+        """Do now what the next `append` would do to the last page, so that it copies nothing.
+
+        Returns:
+            What must be copied: nothing, or that page.
+        Raises:
+            OutOfPagesError: The pool has no page for the copy; nothing was changed.
+        """
+        if not self._copies_last(1):
+            return []
+        return [self._replace_last(*self.pool.allocate(1))]
 
     def fork(self) -> BlockTable:
         """A second sequence with the same tokens in the same pages; each copies before it writes."""
@@ -142,6 +151,11 @@ class BlockTable:
                 "  Expected one of them.\n  `append` makes room for more."
             )
         return self._pages[position // self.page_size], position % self.page_size
+
+    def _replace_last(self, page: int) -> Copy:
+        shared, self._pages[-1] = self._pages[-1], page
+        self.pool.release([shared])
+        return Copy(shared, page)
 
     def _copies_last(self, n_tokens: int) -> bool:
         """Whether the last page has room that must not be written where it is."""

@@ -23,6 +23,7 @@ BLOCK, STRIDE = 32, 16  # of compressed keys, as in NSA
 SINKS, LOCAL = 1, 2
 TILE, LIST_BLOCK = 128, 128  # of lists of KV blocks, as the compiler makes them
 PAGE_SIZE = 16
+PROMISED = 0.95  # of the mass
 
 
 class Problem(NamedTuple):
@@ -311,6 +312,45 @@ def _paged(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
+def _progressive_facts(shape: Shape) -> dict[str, int]:
+    from sparse_compile.kernels.progressive_kernels import rows_of
+
+    rows = rows_of(shape.group)
+    return {"head_dim": shape.head_dim, "page_size": PAGE_SIZE, "rows": rows}
+
+
+def _progressive(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
+    from sparse_compile.kernels import progressive_attention
+    from sparse_compile.kernels.paged_cache import sketch_ref
+
+    n_entries = -(-shape.keys // PAGE_SIZE)
+    sizes = (shape.batch * n_entries, shape.kv_heads, 2, PAGE_SIZE, shape.head_dim)
+    pool = torch.randn(sizes, device=device)
+    # a tenth of the pages are near one direction, and so are the queries
+    pool[torch.rand(len(pool), device=device) < 0.1, :, 0] += 1.0
+    pool = pool.to(dtype)
+    table = torch.randperm(len(pool), device=device).int().view(shape.batch, n_entries)
+    lengths = torch.full((shape.batch,), shape.keys, dtype=torch.int32, device=device)
+    q = 1.0 + torch.randn(shape.batch, shape.query_heads, 1, shape.head_dim, device=device)
+    q, program = q.to(dtype), ScoreProgram(scale=shape.head_dim**-0.5)
+    given = (*sketch_ref(pool[:, :, 0]), table, lengths, [], program.encode())
+    options = (PROMISED, None, 0, SINKS, LOCAL, 0, 0)
+
+    def view(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # where sums are at the edge, a page more or less is equally right
+        out, _, mass, n_pages, pages = results
+        exact, _ = progressive_attention.progressive_attention_ref(
+            q.double(), pool.double(), table, lengths, [], program, 0, pages, n_pages
+        )
+        return out - exact, (mass >= PROMISED).double()
+
+    return Problem(
+        lambda: progressive_attention.launch(q, pool, *given, *options),
+        lambda: progressive_attention.forward_cpu(q.double(), pool.double(), *given, *options),
+        view,
+    )
+
+
 def _tuned(module: str, name: str) -> Callable[[], Any]:
     def load() -> Any:
         import importlib
@@ -346,6 +386,9 @@ WORKLOADS: dict[str, Workload] = {
     "block_sparse_query_gradient": _block_sparse_gradient("QUERY_GRADIENT"),
     "block_sparse_key_gradient": _block_sparse_gradient("KEY_GRADIENT"),
     "paged_attention": Workload(_tuned("paged_attention_kernel", "PAGED"), _paged_facts, _paged),
+    "progressive_attention": Workload(
+        _tuned("progressive_kernels", "PROGRESSIVE"), _progressive_facts, _progressive
+    ),
     "range_forward": _range_part("FORWARD", _range_forward),
     "range_query_gradient": _range_part("QUERY_GRADIENT", _range_backward),
     "range_key_gradient": _range_part("KEY_GRADIENT", _range_backward),
