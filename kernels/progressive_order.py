@@ -46,9 +46,14 @@ def _score_kernel(
     if tile * BLOCK_P * PAGE_SIZE >= n_keys:
         return
     s = tile * BLOCK_P * PAGE_SIZE + tl.arange(0, BLOCK_P * PAGE_SIZE)  # [keys]
+    first = entry * PAGE_SIZE
     page, there = find_pages(
-        table_ptr + b * stride_t_b, s, s < n_keys, n_entries, n_pages, PAGE_SIZE
-    )
+        table_ptr + b * stride_t_b, first, first < n_keys, n_entries, n_pages, PAGE_SIZE
+    )  # [BLOCK_P]
+    shape: tl.constexpr = [BLOCK_P, PAGE_SIZE]
+    page = tl.reshape(tl.broadcast_to(page[:, None], shape), [BLOCK_P * PAGE_SIZE])
+    there = tl.reshape(tl.broadcast_to(there[:, None], shape), [BLOCK_P * PAGE_SIZE])
+    there = there & (s < n_keys)
     d = tl.arange(0, BLOCK_H)  # [BLOCK_H] of each half of the channels
     g = tl.arange(0, BLOCK_G)  # [BLOCK_G]
     h = (kv_head * GROUP).to(tl.int32) + g

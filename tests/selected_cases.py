@@ -99,11 +99,15 @@ def reference(case: Case, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def natural_outputs(case: Case, inputs: list[Tensor], truth: Tensor) -> list[Tensor]:
-    """The output as the reference rounds it and, for 16 bits, off by a rounding of the weights."""
-    v = inputs[2].double()
+    """The output as the reference rounds it, and off by a rounding of the weights and of the scores.
+
+    Of a few elements the first is at times zero. Scores are rounded to float32.
+    """
     rough = reference(case, inputs)[0]
-    step = torch.finfo(v.dtype if rough.dtype == torch.float32 else rough.dtype).eps
-    return [rough, truth + v.abs().max() * step / 2]
+    q, k = (x.detach().double() for x in inputs[:2])
+    scores = q @ k.repeat_interleave(case.group, dim=1).mT * case.scale
+    steps = torch.finfo(rough.dtype).eps, float(scores.abs().max()) * torch.finfo(torch.float32).eps
+    return [rough, truth + inputs[2].detach().double().abs().max() * sum(steps) / 2]
 
 
 def worst_outputs(case: Case, inputs: list[Tensor]) -> tuple[float, float]:

@@ -51,8 +51,7 @@ class PagedKVCache(Cache):
         page_size: Tokens of a page: 16, 32 or 64.
         n_pages: Pages of each layer's pool; enough for every row to reach `max_length` if left out.
         sketch: Keep an INT4 sketch of the keys, an eighth of float16 keys and values more: with the
-            policy `top_p` or `top_k` a compiled model then reads only some of the pages when it
-            decodes.
+            policy `top_p` a compiled model then reads only some of the pages when it decodes.
 
     Raises:
         ConfigError: The model keeps something else than keys and values of tokens.
