@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Layout = Literal["contiguous", "token_major", "padded"]
 T = TypeVar("T")
+# of tanh.approx.f32, which bfloat16 gets; eager rounds its scores by four times as much
+TANH_STEP = 2.0**-11
 
 
 def in_dtype(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -12,7 +12,8 @@ from sparse_compile.expressions import Load, b, h, s, t, x
 from sparse_compile.ir import ScoreProgram
 from sparse_compile.kernels import progressive_attention
 from sparse_compile.kernels.paged_cache import sketch_ref
-from sparse_compile.testing import assert_close_derived, in_dtype
+from sparse_compile.testing import TANH_STEP, assert_close_derived, in_dtype
+from tests.selected_cases import natural_lse
 
 KINDS = ("random", "peaked", "outlier")
 
@@ -195,11 +196,15 @@ def check_attention(case: Case, inputs: Inputs, operands: list[Tensor], found: F
         )  # fmt: skip
 
     exact, rough = reference(torch.float64), reference(inputs.q.dtype)
+    scores = logits(case, inputs, operands)
+    score = float(scores[scores.isfinite()].abs().max()) if bool(scores.isfinite().any()) else 0.0
+    is_rough = inputs.q.dtype == torch.bfloat16 and case.program.score.has(sympy.tanh)
+    # weights are rounded to the dtype of the values, scores to float32 or as tanh is
+    steps = (
+        torch.finfo(inputs.q.dtype).eps,
+        score * (TANH_STEP if is_rough else torch.finfo(torch.float32).eps),
+    )
     largest = float(inputs.pool.nan_to_num(0.0).abs().max())
-    # weights are rounded to the dtype of the values
-    natural = exact[0] + largest * torch.finfo(inputs.q.dtype).eps / 2
-    assert_close_derived(found.out, exact[0], [rough[0], natural])
-    finite = exact[1].isfinite()
-    logit = float(exact[1][finite].abs().max()) if bool(finite.any()) else 0.0
-    natural = exact[1] + (logit + case.dim**0.5) * torch.finfo(torch.float32).eps
-    assert_close_derived(found.lse, exact[1], [rough[1], natural], name="lse")
+    assert_close_derived(found.out, exact[0], [rough[0], exact[0] + largest * sum(steps) / 2])
+    natural = natural_lse(rough[1], exact[1], case.dim)
+    assert_close_derived(found.lse, exact[1], [*natural, exact[1] + steps[1]], name="lse")

@@ -14,7 +14,7 @@ from sparse_compile.expressions import s, t
 from sparse_compile.kernels import block_sparse_list_kernel, triton_math
 from sparse_compile.kernels.block_sparse_lists import list_blocks_cpu
 from sparse_compile.ops import block_sparse_attention, list_blocks
-from sparse_compile.testing import assert_close_derived, in_dtype
+from sparse_compile.testing import TANH_STEP, assert_close_derived, in_dtype
 from tests.block_sparse_cases import PROGRAMS, Case, naturals, reference, results
 
 pytestmark = pytest.mark.gpu
@@ -36,8 +36,6 @@ SIZES = {
         lists="random", list_heads="query",
     ),
 }  # fmt: skip
-# of tanh.approx.f32, which bfloat16 gets; eager rounds its scores by four times as much
-TANH_STEP = 2.0**-11
 
 
 def with_program(case: Case, program: str) -> Case:

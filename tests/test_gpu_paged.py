@@ -9,13 +9,11 @@ from torch import Tensor
 
 from sparse_compile.kernels import paged_attention, paged_cache
 from sparse_compile.ops import Sketch
-from sparse_compile.testing import assert_close_derived, in_dtype
+from sparse_compile.testing import TANH_STEP, assert_close_derived, in_dtype
 from tests.test_paged_attention import ALIBI, CASES, Case
 
 pytestmark = pytest.mark.gpu
 
-# of tanh.approx.f32, which bfloat16 gets; eager rounds its scores by four times as much
-TANH_STEP = 2**-11
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = CASES | {
     "D64": Case(dim=64, lengths=(900, 17), entries=60, tokens=130, group=7),

@@ -342,7 +342,8 @@ def _progressive(shape: Shape, dtype: torch.dtype, device: torch.device) -> Prob
         exact, _ = progressive_attention.progressive_attention_ref(
             q.double(), pool.double(), table, lengths, [], program, 0, pages, n_pages
         )
-        return out - exact, (mass >= PROMISED).double()
+        off = (out - exact).norm(dim=-1, keepdim=True) / exact.norm(dim=-1, keepdim=True)
+        return 1.0 + off, (mass >= PROMISED).double()
 
     return Problem(
         lambda: progressive_attention.launch(q, pool, *given, *options),
